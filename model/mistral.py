@@ -1,0 +1,201 @@
+"""Mistral as a flat stream of tokens: no batch dimension, no padding.
+
+T packed tokens, R rows at which something is predicted, H query heads, K key/value heads, D head size, E width,
+F feed-forward width, V vocabulary. Parameter names and the rotary layout are Hugging Face's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Segments, attend, attend_cached
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, 1, D/2), fp32, of the rotary embedding (arXiv 2104.09864) at integer positions (T,)."""
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
+    angles = positions[:, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[d], x[d + D/2]) of x (T, heads, D): Hugging Face's split-half layout, in fp32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
+        width, size = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+
+    def forward(self, x: Tensor, rope, positions: Tensor, segments: Segments | None, cache: KVCache | None, slots):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            cache.write(self.layer, k, v, slots, positions)
+        if segments is not None:
+            out = attend(q, k, v, segments, self.window)  # (T, H, D)
+        else:
+            out = attend_cached(q, *cache.read(self.layer, len(q)), positions, self.window)
+        return self.o_proj(out.flatten(1))  # (T, E)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.recompute = False  # activation checkpointing: keep only this block's input until the backward pass
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, *context, use_reentrant=False)
+        return self._forward(x, *context)
+
+    def _forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Mistral(nn.Module):
+    """The decoder with its language-model head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Mistral":
+        """Draw every matrix from N(0, initializer_range²), as Mistral does; norms are 1. Returns self."""
+        generator = torch.Generator().manual_seed(seed)
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.empty(weight.shape).normal_(0, self.config.initializer_range, generator=generator))
+            else:
+                weight.fill_(1)
+        return self
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Segments | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        at: Tensor | None = None,
+        targets: Tensor | None = None,
+        chunk: int = 1024,
+    ) -> Tensor:
+        """Logits, or the log-probabilities of given targets.
+
+        Three uses: a packed stream (`segments`); a prefill, which also writes the cache (`segments`, `cache`,
+        `slots`); one decoding step (`cache`, `slots` = 0..T-1, no `segments`), which reads each slot's cache.
+
+        Args:
+            tokens, positions: (T,) ids, and places in their sequences
+            slots: (T,) the cache slot of each token
+            at: (R,) the rows to predict from; all if absent
+            targets: (R,) ids
+            chunk: with `targets`, logits exist for this many rows at a time, never as a whole (R, V) tensor
+
+        Returns: logits (R, V), or with `targets` log p(target) (R,) in nats; both fp32.
+        """
+        x = self.model["embed_tokens"](tokens)  # (T, E)
+        rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.model["layers"]:
+            x = block(x, rope, positions, segments, cache, slots)
+        if at is not None:
+            x = x[at]  # (R, E)
+        x = self.model["norm"](x)
+        if targets is None:
+            return self.lm_head(x).float()  # (R, V)
+        return TokenLogps.apply(x, self.lm_head.weight, targets, chunk)
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(x Wᵀ)[target] row by row, in fp32, without ever holding more than `chunk` rows of logits.
+
+    The backward pass computes the logits again: d logits = g · (onehot(target) − softmax(logits)).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """x (R, E), weight (V, E), targets (R,) → (R,) fp32."""
+        logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        normalizers = torch.empty_like(logps)
+        for rows in _chunks(len(x), chunk):
+            logits = (x[rows] @ weight.T).float()  # (chunk, V)
+            normalizers[rows] = logits.logsumexp(-1)
+            logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normalizers[rows]
+        ctx.save_for_backward(x, weight, targets, normalizers)
+        ctx.chunk = chunk
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, targets, normalizers = ctx.saved_tensors
+        x_grad = torch.empty_like(x)
+        # Summed over the chunks in fp32: in bf16 the later chunks would be rounded away.
+        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in _chunks(len(x), ctx.chunk):
+            logits = (x[rows] @ weight.T).float()
+            logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # −softmax
+            logits.scatter_add_(-1, targets[rows, None], torch.ones_like(logits[:, :1]))
+            logits = logits.mul_(grad[rows, None]).to(x.dtype)
+            x_grad[rows] = logits @ weight
+            weight_grad += logits.T @ x[rows]
+        return x_grad, weight_grad.to(weight.dtype), None, None
+
+
+def _chunks(rows: int, size: int):
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

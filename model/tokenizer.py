@@ -1,0 +1,119 @@
+"""Sentencepiece, and the chat templates. Message text never becomes a control token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+TEMPLATES = ("zephyr", "instruction", "plain")
+_ROLES = ("system", "user", "assistant")
+
+
+class Tokenizer:
+    """A sentencepiece model with the templates that turn messages into ids.
+
+    Args:
+        path: a tokenizer.model, or a directory that has one
+
+    Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model or has no end of sequence.
+    """
+
+    def __init__(self, path: str | Path):
+        file = Path(path)
+        file = file / "tokenizer.model" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; a sentencepiece model is needed (tokenizer.model)")
+        try:
+            self._model = SentencePieceProcessor(model_file=str(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file}: not a sentencepiece model ({error})") from None
+        self.file = file
+        self.vocab_size = self._model.vocab_size()
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"{file}: the model has no end-of-sequence token")
+        self._newline = self._model.encode("\n")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens leave no trace."""
+        return self._model.decode(list(ids))
+
+    # A text that goes on after a line's end has no blank of sentencepiece's own in front ("I", not "▁I"), as if prompt
+    # and response had been encoded in one string: hence the newline in front, and off again.
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows other text."""
+        ids = self._model.encode("\n" + text)
+        if ids[: len(self._newline)] != self._newline:
+            raise ValueError(f"{self.file}: a line's end is not a token of its own, so responses can't be told apart")
+        return ids[len(self._newline) :]
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        """Text of ids that follow other text: a blank in front is kept."""
+        return self._model.decode([*self._newline, *ids])[1:]
+
+    def render(self, messages: Sequence[Message], template: str) -> str:
+        """The conversation as text, end-of-sequence tokens written out, for people to read."""
+        eos = self._model.id_to_piece(self.eos_id)
+        return "".join(eos if part is None else part for part in render(messages, template))
+
+    def encode_prompt(self, messages: Sequence[Message], template: str) -> list[int]:
+        """Ids of a conversation up to where the assistant is to speak."""
+        ids: list[int] = []
+        for part in render(messages, template):
+            ids += [self.eos_id] if part is None else self.encode(part)
+        return ids
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response after its prompt, with the end-of-sequence token."""
+        return [*self.encode_continuation(text), self.eos_id]
+
+
+def render(messages: Sequence[Message], template: str) -> list[str | None]:
+    """A conversation as pieces of text, with None where an end-of-sequence token stands.
+
+    zephyr: `<|user|>\\n{x}</s>\\n<|assistant|>\\n`, as HuggingFaceH4's tokenizers render it.
+    instruction: `### Instruction: {x}\\n\\n### Response: `, with which the official code generates.
+    plain: each message and a line's end.
+
+    Where the last message is not the assistant's, the rendering ends where the assistant is to speak. Raises
+    ValueError for an unknown template, an unknown role, or a message without content.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is not one of {', '.join(TEMPLATES)}")
+    parts: list[str | None] = [""]
+
+    def text(piece: str):
+        if parts[-1] is None:
+            parts.append("")
+        parts[-1] += piece
+
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES or not isinstance(content, str):
+            raise ValueError(f"a message needs a role of {', '.join(_ROLES)} and a content, got {message!r:.200}")
+        if template == "zephyr":
+            text(f"<|{role}|>\n{content}")
+            parts.append(None)
+            text("\n")
+        elif template == "instruction":
+            if role == "assistant":
+                text(content)
+                parts.append(None)
+            elif role == "user":
+                text(f"### Instruction: {content}\n\n### Response: ")
+            elif content:
+                text(f"{content}\n\n")
+        elif role == "assistant":
+            text(content)
+            parts.append(None)
+        else:
+            text(f"{content}\n")
+    if template == "zephyr" and messages and messages[-1]["role"] != "assistant":
+        text("<|assistant|>\n")
+    return parts

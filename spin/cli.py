@@ -1,0 +1,50 @@
+"""What the three scripts share on the command line."""
+
+import argparse
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+from spin.config import Recipe
+
+EPILOG = "Any setting of spin/config.py can be given as --section.key=value, e.g. --train.lr=1e-7."
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --config; what it does not know must be overrides of settings."""
+    result = argparse.ArgumentParser(description=description, epilog=EPILOG, allow_abbrev=False)
+    result.add_argument("--config", default="configs/tiny.toml", help="recipe (default: %(default)s)")
+    return result
+
+
+def parse(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, Recipe]:
+    """The parsed arguments, and the recipe with the overrides applied."""
+    known, overrides = arguments.parse_known_args()
+    return known, Recipe(known.config, overrides)
+
+
+def iterations(text: str, base: bool = False) -> list[int]:
+    """[0, 1, 2, 5] from "0-2,5"; with `base`, "base" stands for -1. Raises ValueError."""
+    result: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if base and part == "base":
+            result.append(-1)
+        elif first.isdigit() and (last.isdigit() if dash else True) and int(first) <= int(last or first):
+            result += range(int(first), int(last or first) + 1)
+        else:
+            raise ValueError(f"--iter {text}: write a number, a range or several, as in 0 or 0-2 or {'base,' * base}0,3")
+    return result
+
+
+@contextmanager
+def errors_in_words():
+    """Show what the user can mend as one line, without a traceback; log to standard error, from the first rank only."""
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        raise SystemExit(f"error{name}: {error}") from None

@@ -1,0 +1,294 @@
+"""Every setting, its default and its unit.
+
+A recipe is a TOML file that states only what differs from the defaults. `[[iteration]]` tables hold what changes from
+one iteration to the next, by the settings' full names; the last one also serves the iterations after it:
+
+    [[iteration]]                       # iteration 0
+    train.lr = 5e-7
+    [[iteration]]                       # iteration 1
+    train.lr = 1e-7
+
+Later wins: default, recipe, iteration, command line (`--train.lr=1e-7`).
+"""
+
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+def _free(default):
+    """A setting that a run may go on with changed: it moves no result."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = "runs/tiny"  # where everything of this run is left
+
+
+@dataclass(frozen=True)
+class Model:
+    base: str = ""  # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
+    save_dtype: str = "bfloat16"  # of exported weights; bfloat16 or float32
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = ""  # prompts with their responses: .jsonl or .parquet, a directory of them, or a pattern (data/*.parquet)
+    prompt_column: str = ""  # column names, where they are not among the known forms (spin/data.py)
+    response_column: str = ""
+    pairs: str = ""  # pairs to train on as they are (`real`/`generated`), instead of generating; a path as above
+    num_prompts: int = 0  # a seeded sample of this many for self-play; 0: all. SFT reads all
+    seed: int = 0
+    empty_system: bool = False  # put an empty system turn before a conversation that has none, as the official code does
+    max_length: int = 1024  # tokens of prompt and response
+    max_prompt_length: int = 512  # tokens that a prompt keeps, its last ones, when the two are longer than max_length
+    empty: str = "refuse"  # an example with an empty prompt or response: "refuse", or "drop" (and count)
+
+
+@dataclass(frozen=True)
+class Generate:
+    template: str = "plain"  # how a prompt is put to the opponent: zephyr, instruction, plain
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    dtype: str = "bfloat16"  # of weights and cache while sampling
+    slots: int = _free(64)  # sequences decoded side by side on each rank
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What SFT and self-play share."""
+
+    template: str = "plain"  # how prompt and response are put to the model in training
+    optimizer: str = "rmsprop"  # rmsprop or adamw (betas 0.9 and 0.999), both without weight decay
+    lr: float = 5e-7  # peak learning rate
+    batch_size: int = 64  # examples of a step, over all ranks
+    epochs: float = 2.0  # when to stop
+    schedule_epochs: float = 0.0  # what the schedule is laid out for; 0: as many as `epochs`
+    warmup: float = 0.1  # share of the schedule that warms up linearly; linear decay to 0 after it
+    max_grad_norm: float = 1.0
+    dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32 always
+    seed: int = 0  # order of the examples
+    token_budget: int = _free(8192)  # packed tokens of one forward and backward pass on each rank
+    logit_chunk: int = _free(1024)  # rows whose logits exist at one time
+    activation_checkpointing: bool = _free(False)  # recompute each block in the backward pass
+    checkpoint_every: int = _free(200)  # steps
+
+
+@dataclass(frozen=True)
+class Train(Optimization):
+    objective: str = "spin"  # spin; or sft, the control: the same steps on the real responses alone
+    loss: str = "logistic"  # logistic, hinge, exponential, correlation
+    beta: float = 0.1  # the paper's λ
+    replay: int = 1  # how many earlier iterations' pairs are trained on beside this one's
+
+
+@dataclass(frozen=True)
+class SFT(Optimization):
+    init: str = ""  # a model directory to start from; empty: random weights of `architecture`
+    tokenizer: str = ""  # tokenizer.model or its directory; empty: that of `init`
+    architecture: dict = field(default_factory=dict)  # config.json's fields, without vocab_size, bos and eos
+    optimizer: str = "adamw"
+    lr: float = 2e-5
+    epochs: float = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    heldout: str = ""  # prompts with right answers, a path like data.path; empty: train.py evaluates nothing
+    limit: int = 0  # the first so many; 0: all
+    answer_pattern: str = ""  # regular expression whose last match's first group is the answer; empty: the whole text
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # of the sampled answer; a greedy one is always given too
+    seed: int = 1
+    dtype: str = "bfloat16"
+    slots: int = _free(64)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    generate: Generate = field(default_factory=Generate)
+    train: Train = field(default_factory=Train)
+    sft: SFT = field(default_factory=SFT)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    @property
+    def base(self) -> Path:
+        """Directory of the SFT model, given or made here."""
+        return Path(self.model.base) if self.model.base else Path(self.run.dir) / "base" / "model"
+
+    def iteration_dir(self, iteration: int) -> Path:
+        return Path(self.run.dir) / f"iter{iteration}"
+
+    def model_dir(self, iteration: int) -> Path:
+        """The exported model of an iteration; -1 is the base."""
+        return self.base if iteration < 0 else self.iteration_dir(iteration) / "model"
+
+
+_CHOICES = {
+    "model.save_dtype": ("bfloat16", "float32"),
+    "data.empty": ("refuse", "drop"),
+    "generate.template": ("zephyr", "instruction", "plain"),
+    "generate.dtype": ("bfloat16", "float32"),
+    "train.template": ("zephyr", "instruction", "plain"),
+    "train.optimizer": ("rmsprop", "adamw"),
+    "train.dtype": ("bfloat16", "float32"),
+    "train.objective": ("spin", "sft"),
+    "train.loss": ("logistic", "hinge", "exponential", "correlation"),
+    "sft.template": ("zephyr", "instruction", "plain"),
+    "sft.optimizer": ("rmsprop", "adamw"),
+    "sft.dtype": ("bfloat16", "float32"),
+    "evaluate.dtype": ("bfloat16", "float32"),
+}
+_POSITIVE = ("max_length", "max_new_tokens", "slots", "batch_size", "epochs", "max_grad_norm", "token_budget")
+_POSITIVE += ("logit_chunk", "checkpoint_every")
+_NOT_NEGATIVE = ("num_prompts", "temperature", "lr", "schedule_epochs", "beta", "replay", "limit")
+
+
+class Recipe:
+    """A TOML file and the command line's overrides; `at(n)` gives the settings of iteration n.
+
+    Raises ValueError naming the file (or "command line"), the key, and the nearest known one.
+    """
+
+    def __init__(self, path: str | Path, overrides: list[str] = ()):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe; configs/ has some")
+        try:
+            table = tomllib.loads(self.path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: not TOML ({error})") from None
+        iterations = table.pop("iteration", [])
+        if not isinstance(iterations, list):
+            raise ValueError(f"{path}: iterations are written [[iteration]], with two brackets")
+        self._common = _flatten(table, str(path))
+        self._iterations = [_flatten(t, f"{path}: iteration {i}") for i, t in enumerate(iterations)]
+        self._overrides = dict(_parse_override(argument) for argument in overrides)
+        for n in range(len(iterations) or 1):
+            self.at(n)
+
+    def at(self, iteration: int) -> Config:
+        """Settings of one iteration."""
+        values = dict(self._common)
+        if self._iterations:
+            values |= self._iterations[min(iteration, len(self._iterations) - 1)]
+        return build(values | self._overrides)
+
+
+def build(values: dict[str, object]) -> Config:
+    """A Config from {"section.key": value}; everything else has its default. Raises ValueError by key."""
+    sections: dict[str, dict] = {section.name: {} for section in fields(Config)}
+    for name, value in values.items():
+        section, key = name.split(".", 1)
+        sections[section][key] = value
+    config = Config(**{f.name: f.type(**sections[f.name]) for f in fields(Config)})
+    for name, value in flat(config).items():
+        key = name.split(".")[1]
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"{name} = {value!r} is not one of {', '.join(_CHOICES[name])}")
+        if (key in _POSITIVE and value <= 0) or (key in _NOT_NEGATIVE and value < 0):
+            raise ValueError(f"{name} = {value!r} is out of range")
+    if not 0 < config.generate.top_p <= 1:
+        raise ValueError(f"generate.top_p = {config.generate.top_p!r} is not in (0, 1]")
+    if not 0 < config.data.max_prompt_length < config.data.max_length:
+        raise ValueError(
+            f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for a response in "
+            f"data.max_length = {config.data.max_length}"
+        )
+    for name, part in (("train", config.train), ("sft", config.sft)):
+        if not 0 <= part.warmup < 1:
+            raise ValueError(f"{name}.warmup = {part.warmup!r} is not in [0, 1)")
+        if 0 < part.schedule_epochs < part.epochs:
+            raise ValueError(f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}")
+    return config
+
+
+def flat(config: Config) -> dict[str, object]:
+    """{"section.key": value} of every setting."""
+    return {f"{s.name}.{f.name}": getattr(getattr(config, s.name), f.name) for s in fields(config) for f in fields(s.type)}
+
+
+def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) -> list[str]:
+    """Settings of the given sections that changed and matter, as "train.lr = 1e-07 (was 5e-07)"."""
+    free = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type) if f.metadata.get("free")}
+    return [
+        f"{name} = {value!r} (was {old.get(name)!r})"
+        for name, value in flat(new).items()
+        if name.split(".")[0] in sections and name not in free and old.get(name) != value
+    ]
+
+
+def to_toml(config: Config) -> str:
+    """The resolved settings as a recipe that gives them again."""
+    lines = []
+    for section in fields(config):
+        lines.append(f"[{section.name}]")
+        for f in fields(section.type):
+            lines.append(f"{f.name} = {_toml_value(getattr(getattr(config, section.name), f.name))}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """{"section.key": value} of a file that `to_toml` wrote."""
+    return _flatten(tomllib.loads(path.read_text()), str(path))
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items()) + "}"
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _flatten(table: dict, where: str) -> dict[str, object]:
+    """Nested TOML tables to {"section.key": value}, each key known and each value of its field's type."""
+    values = {}
+    for section, entries in table.items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"{where}: {section} stands outside of a section; {_nearest(section)}")
+        for key, value in entries.items():
+            name = f"{section}.{key}"
+            values[name] = _typed(name, value, where)
+    return values
+
+
+def _typed(name: str, value, where: str):
+    types = {f"{s.name}.{f.name}": f.type for s in fields(Config) for f in fields(s.type)}
+    if name not in types:
+        raise ValueError(f"{where}: unknown setting {name}; {_nearest(name)}")
+    wanted = types[name]
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{where}: {name} must be {wanted.__name__}, not {value!r}")
+    return value
+
+
+def _nearest(name: str) -> str:
+    known = [f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type)]
+    by_key = [k for k in known if k.split(".")[1] == name.split(".")[-1]]
+    close = by_key or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"did you mean {close[0]}?"
+
+
+def _parse_override(argument: str) -> tuple[str, object]:
+    """("train.lr", 1e-7) from "--train.lr=1e-7", read by the field's type."""
+    name, equals, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or not equals or "." not in name:
+        raise ValueError(f"command line: {argument!r} is not of the form --section.key=value")
+    types = {f"{s.name}.{f.name}": f.type for s in fields(Config) for f in fields(s.type)}
+    if types.get(name) is str:
+        return name, text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return name, _typed(name, value, "command line")

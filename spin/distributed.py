@@ -1,0 +1,139 @@
+"""Process group, mesh, sharding and reductions: the only place that knows of ranks.
+
+`python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On CPU the
+collectives are gloo's.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from model.config import ModelConfig
+from model.mistral import Mistral
+from model.weights import Checkpoint
+
+# A rank may wait this long for another: longer than one finishes its prompts, hashes a checkpoint or writes a shard.
+PATIENCE = timedelta(hours=4)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and shows progress."""
+        return self.rank == 0
+
+    def progress(self, total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
+        """A progress bar with rate and remaining time, on the first rank; a log file gets a line's worth less often."""
+        seconds = 0.2 if sys.stderr.isatty() else 10.0
+        return tqdm(total=total, desc=desc, unit=unit, initial=initial, mininterval=seconds, disable=not self.first)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, in fp64."""
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all ranks of a CPU tensor, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value) -> list:
+        """The value of every rank, in the order of ranks, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, make):
+        """make() of the first rank, on every rank; if it raises there, every rank raises."""
+        box = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except (OSError, ValueError) as error:
+                box[1] = error
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+@contextmanager
+def ranks():
+    """Join the process group that torchrun describes, or a group of one; leave it at the end."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded_model(
+    source: Path | ModelConfig, ranks: Ranks, dtype: torch.dtype, recompute: bool = False, seed: int = 0
+) -> Mistral:
+    """A model whose fp32 parameters are sharded over all ranks (FSDP2) and which computes in `dtype`.
+
+    Gradients are reduced in fp32. `source` is a model directory, of which a rank reads the rows of its shards and no
+    more; or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
+    """
+    config = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model = Mistral(config)
+    if not isinstance(source, ModelConfig):
+        checkpoint = Checkpoint(source)
+        checkpoint.check(model)
+    # Angles stay fp32, hence no cast of a block's inputs; what flows between blocks has `dtype` by itself.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model["layers"]:
+        block.recompute = recompute
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    model.to_empty(device=ranks.device)
+    drawn = Mistral(config).init_weights(seed).state_dict() if isinstance(source, ModelConfig) else None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rows = _shard_rows(parameter)
+            values = drawn[name][rows] if drawn else checkpoint.read(name, rows)
+            parameter.to_local().copy_(values)
+    return model
+
+
+def _shard_rows(parameter: DTensor) -> slice:
+    """The rows of the whole parameter that this rank holds: torch.chunk's, as FSDP2 shards them."""
+    mesh = parameter.device_mesh
+    size = -(-parameter.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * size, parameter.shape[0])
+    return slice(start, min(start + size, parameter.shape[0]))
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered on every rank (a collective)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

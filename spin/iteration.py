@@ -1,0 +1,226 @@
+"""The stages of one iteration, and where each leaves its result.
+
+runs/<recipe>/iter<N>/
+    config.toml, inputs.json        settings, and fingerprints of the opponent and the data, that all below is made from
+    generated/                      stage generate: pairs, the opponent's responses beside the real ones
+    opponent_logps.safetensors      stage score: log p_θt of both, for every pair trained on
+    checkpoints/, metrics.jsonl     stage train
+    model/                          stage export: a Hugging Face checkpoint
+    evaluation/                     stage evaluate
+
+A stage's result appears at once or not at all, and a stage whose result is there is skipped.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from model.weights import Checkpoint, fingerprint
+from spin import checkpoint
+from spin.config import Config, Recipe, differences, read_toml, to_toml
+from spin.data import Example, choose, digest, load_examples, load_generated, tokenize
+from spin.distributed import Ranks, sharded_model
+from spin.evaluation.heldout import evaluate_heldout, load_heldout
+from spin.files import commit_bytes, only_process, read_json, to_json, write_whole
+from spin.opponent import generate_pairs, score
+from spin.packing import Item
+from spin.trainer import train
+
+log = logging.getLogger("spin")
+
+
+def check(recipe: Recipe, iterations: list[int]) -> None:
+    """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms, vocabularies."""
+    for n in iterations:
+        config = recipe.at(n)
+        load_own_examples(config, Counter())
+        if config.evaluate.heldout:
+            load_heldout(config)
+        opponent = config.model_dir(n - 1)
+        if opponent.is_dir():
+            model = ModelConfig.from_pretrained(opponent)
+            Checkpoint(opponent)
+            _check_vocabulary(Tokenizer(opponent), model, opponent)
+        elif n == 0 and not config.model.base:
+            base_source(config)
+        elif n == 0:
+            raise FileNotFoundError(f"{opponent}: no such directory; model.base is the SFT model to start from")
+        elif n - 1 not in iterations:
+            raise FileNotFoundError(f"{opponent}: no such directory; iteration {n} needs it: run --iter {n - 1} first")
+
+
+def run_base(config: Config, ranks: Ranks) -> None:
+    """Train the base model by SFT on data.path, into <run.dir>/base/model."""
+    directory = Path(config.run.dir) / "base"
+    if config.model.base:
+        raise ValueError(f"model.base = {config.model.base!r} is given, so there is no base model to train here")
+    source, tokenizer_path, vocabulary = base_source(config)
+    counts: Counter = Counter()
+    examples = load_examples(config.data.path, config.data, counts)
+    inputs = {"data": digest(examples), "init": fingerprint(source) if isinstance(source, Path) else "random weights"}
+    ranks.from_first(lambda: _same_origin(directory, config, ("model", "data", "sft"), inputs))
+    if (directory / "model").is_dir():
+        log.info("%s: finished, nothing to do", directory)
+        return
+    part = config.sft
+    items = tokenize(examples, vocabulary, part.template, config.data, counts)
+    log.info("SFT on %d examples%s", len(items), _summary(counts))
+    model = sharded_model(source, ranks, getattr(torch, part.dtype), part.activation_checkpointing, part.seed)
+    train(part, model, items, None, directory, ranks)
+    checkpoint.export(model, directory / "model", tokenizer_path, getattr(torch, config.model.save_dtype), ranks)
+    log.info("%s: the base model", directory / "model")
+
+
+def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
+    """What [sft] starts from: a model directory or an architecture; its tokenizer's path; the tokenizer."""
+    part = config.sft
+    if bool(part.init) == bool(part.architecture):
+        raise ValueError(
+            f"{config.base}: there is no base model; set model.base to a Hugging Face directory, or, to train one "
+            "here, either sft.init (weights to start from) or sft.architecture (random weights)"
+        )
+    if part.architecture and not part.tokenizer:
+        raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
+    tokenizer_path = Path(part.tokenizer or part.init)
+    tokenizer = Tokenizer(tokenizer_path)
+    if part.init:
+        _check_vocabulary(tokenizer, ModelConfig.from_pretrained(part.init), Path(part.init))
+        return Path(part.init), tokenizer_path, tokenizer
+    ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return ModelConfig.from_dict(ids | part.architecture, "sft.architecture"), tokenizer_path, tokenizer
+
+
+def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evaluate") -> None:
+    """Run iteration n, or what is missing of it, up to `last_stage` ("generate" or "evaluate")."""
+    config = recipe.at(n)
+    directory = config.iteration_dir(n)
+    sections = ("model", "data", "generate", "train")
+    if (directory / "model").is_dir():
+        ranks.from_first(lambda: _same_settings(directory, config, sections))
+        evaluate_model(config, n, ranks)
+        log.info("%s: finished, nothing to do", directory)
+        return
+
+    counts: Counter = Counter()
+    source = config.model_dir(n - 1)
+    own = load_own_examples(config, counts)
+    replayed = [earlier_pairs(recipe.at(k), k) for k in range(max(0, n - config.train.replay), n)]
+    inputs = ranks.from_first(
+        lambda: {"opponent": fingerprint(source), "data": digest(own), "replayed": [digest(old) for old in replayed]}
+    )
+    ranks.from_first(lambda: _same_origin(directory, config, sections, inputs))
+    tokenizer = Tokenizer(source)
+    self_play = config.train.objective == "spin"
+
+    if self_play and not config.data.pairs:
+        if not (directory / "generated").is_dir():
+            meta = generate_pairs(config, n, own, directory / "generated", ranks)
+            log.info("generated: %s", ", ".join(f"{key} {value:g}" for key, value in meta.items()))
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()  # the sampler's replica makes room for the policy
+        own = load_generated(directory / "generated", config.data)
+    if last_stage == "generate":
+        return
+
+    examples = [example for old in replayed for example in old] + own
+    if not self_play:
+        examples = [replace(example, generated=None) for example in examples]
+    items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
+    log.info("iteration %d: %d examples, %d of them replayed%s", n, len(items), len(items) - len(own), _summary(counts))
+    dtype = getattr(torch, config.train.dtype)
+    model = sharded_model(source, ranks, dtype, config.train.activation_checkpointing)
+    logps = opponent_logps(config, model, items, directory, ranks) if self_play else None
+    train(config.train, model, items, logps, directory, ranks)
+    checkpoint.export(model, directory / "model", source, getattr(torch, config.model.save_dtype), ranks)
+    log.info("%s: exported", directory / "model")
+    del model
+    evaluate_model(config, n, ranks)
+
+
+def opponent_logps(config: Config, model, items: list[Item], directory: Path, ranks: Ranks) -> torch.Tensor:
+    """log p_θt of the real and the generated response of every pair (N, 2), made once and kept.
+
+    `model` still has the opponent's weights: policy and opponent are one until the first step.
+    """
+    file = directory / "opponent_logps.safetensors"
+    if not ranks.from_first(file.is_file):
+        result = score(model, items, config.train.token_budget, config.train.logit_chunk, ranks)
+        if ranks.first:
+            commit_bytes(file, save({"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}))
+        ranks.barrier()
+    stored = load_file(file)
+    return torch.stack([stored["real"], stored["generated"]], dim=1)
+
+
+def evaluate_model(config: Config, n: int, ranks: Ranks) -> None:
+    """Stage evaluate for iteration n, -1 for the base: the held-out file, where the recipe names one."""
+    if config.evaluate.heldout:
+        directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
+        evaluate_heldout(config, config.model_dir(n), directory / "evaluation", ranks)
+
+
+def load_own_examples(config: Config, counts: Counter) -> list[Example]:
+    """This iteration's prompts and real responses; with data.pairs, its pairs."""
+    path = config.data.pairs or config.data.path
+    if not path:
+        raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
+    examples = load_examples(path, config.data, counts, need_generated=bool(config.data.pairs))
+    return choose(examples, config.data)
+
+
+def earlier_pairs(config: Config, n: int) -> list[Example]:
+    """The pairs that an earlier iteration made or was given, for replay."""
+    if config.data.pairs or config.train.objective == "sft":
+        return load_own_examples(config, Counter())
+    directory = config.iteration_dir(n) / "generated"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory; train.replay needs iteration {n}'s pairs")
+    return load_generated(directory, config.data)
+
+
+def working_on(config: Config, ranks: Ranks):
+    """A context in which no other process works in the run's directory."""
+    return only_process(Path(config.run.dir), hold=ranks.first)
+
+
+def _same_origin(directory: Path, config: Config, sections: tuple[str, ...], inputs: dict) -> None:
+    """Record settings and inputs at the first run; later, refuse other ones, naming what differs."""
+    _same_settings(directory, config, sections)
+    file = directory / "inputs.json"
+    if file.is_file():
+        recorded = read_json(file)
+        changed = [name for name in inputs if recorded.get(name) != inputs[name]]
+        if changed:
+            raise ValueError(f"{directory}: begun with another {' and '.join(changed)}; {_remedy(directory)}")
+    else:
+        write_whole(directory / "config.toml", to_toml(config))
+        write_whole(file, to_json(inputs))
+
+
+def _same_settings(directory: Path, config: Config, sections: tuple[str, ...]) -> None:
+    file = directory / "config.toml"
+    changed = differences(read_toml(file), config, sections) if file.is_file() else []
+    if changed:
+        raise ValueError(f"{directory}: begun with other settings: {', '.join(changed)}; {_remedy(directory)}")
+
+
+def _remedy(directory: Path) -> str:
+    return f"put it back as it was, choose another --run.dir, or remove {directory} to start it anew"
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {model.vocab_size}"
+        )
+
+
+def _summary(counts: Counter) -> str:
+    shown = [f"{count} {what}" for what, count in counts.items() if count]
+    return f" ({', '.join(shown)})" if shown else ""

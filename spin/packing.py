@@ -1,0 +1,124 @@
+"""Prompts with their responses → one packed stream of tokens.
+
+The prompt stands once, its responses after it: [x][y][y']. Every response sees the prompt and itself
+(arXiv 2410.20305 calls this prefix sharing). Not only pairs: SFT packs one response, a multiple-choice question
+packs its choices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from model.attention import Segments
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its responses as ids. Each has at least one token; a response ends with end-of-sequence."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens that this item takes in a stream."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+
+@dataclass
+class Packed:
+    """A stream of T tokens in which R response tokens of C responses are predicted."""
+
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64, each response's positions following its prompt's
+    segments: Segments
+    at: Tensor  # (R,) rows that predict
+    targets: Tensor  # (R,) the ids to predict
+    owner: Tensor  # (R,) which response, 0..C-1
+    responses: int  # C
+
+    def to(self, device) -> "Packed":
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "at", "targets", "owner")}
+        segments = Segments(self.segments.q_offsets, self.segments.k_offsets, self.segments.key_index.to(device))
+        return Packed(segments=segments, responses=self.responses, **moved)
+
+
+def pack(items: Sequence[Item]) -> Packed:
+    """Lay items one after the other. No items give a stream of one token in which nothing is predicted.
+
+    A response's last token is predicted and predicts nothing, so it is not in the stream: an item of prompt x and
+    responses y, y' takes len(x) + len(y) - 1 + len(y') - 1 tokens.
+    """
+    if not items:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Packed(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), Segments.causal([1]),
+                      empty, empty, empty, 0)  # fmt: skip
+    tokens: list[int] = []
+    positions: list[int] = []
+    q_lengths: list[int] = []
+    k_lengths: list[int] = []
+    key_index: list[int] = []
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    responses = 0
+    for item in items:
+        start, prompt = len(tokens), len(item.prompt)
+        tokens += item.prompt
+        positions += range(prompt)
+        for i, response in enumerate(item.responses):
+            first, length = len(tokens), len(response) - 1
+            tokens += response[:-1]
+            positions += range(prompt, prompt + length)
+            at += [start + prompt - 1, *range(first, first + length)]
+            targets += response
+            owner += [responses] * len(response)
+            responses += 1
+            q_lengths.append(prompt + length if i == 0 else length)  # the first response shares the prompt's segment
+            k_lengths.append(prompt + length)
+            key_index += [*range(start, start + prompt), *range(first, first + length)]
+    segments = Segments([0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)], torch.tensor(key_index))
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+    return Packed(
+        as_tensor(tokens), as_tensor(positions), segments, as_tensor(at), as_tensor(targets), as_tensor(owner), responses
+    )
+
+
+def cost(item: Item) -> float:
+    """Work of an item in arbitrary units: linear in its tokens, with the quadratic part of attention."""
+    return sum(len(item.prompt) + len(response) for response in item.responses) ** 2 / 8192 + item.packed_length
+
+
+def micro_batches(
+    lengths: Sequence[int], costs: Sequence[float], world_size: int, token_budget: int
+) -> list[list[list[int]]]:
+    """Split a step's items over ranks by cost, then each rank's into micro-batches of at most `token_budget` tokens.
+
+    Returns, for each rank, its micro-batches as lists of places in `lengths`: every place once, the same number of
+    micro-batches on every rank (collectives pair up), some empty where there is too little to do. An item longer
+    than the budget gets a micro-batch of its own. A fixed function of its arguments, so ranks agree without talking.
+    """
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0.0] * world_size
+    for i in sorted(range(len(lengths)), key=lambda i: (-costs[i], i)):
+        rank = load.index(min(load))
+        shares[rank].append(i)
+        load[rank] += costs[i]
+    result = []
+    for share in shares:
+        batches: list[list[int]] = []
+        room: list[int] = []
+        for i in sorted(share, key=lambda i: (-lengths[i], i)):  # first fit, the longest first
+            place = next((b for b, left in enumerate(room) if lengths[i] <= left), None)
+            if place is None:
+                batches.append([])
+                room.append(token_budget)
+                place = len(batches) - 1
+            batches[place].append(i)
+            room[place] -= lengths[i]
+        result.append(batches)
+    most = max(map(len, result))
+    return [batches + [[]] * (most - len(batches)) for batches in result]

@@ -1,0 +1,207 @@
+"""A run's tables and figures, from what its stages left: whatever there is, also while it runs.
+
+A run in <run>/control (the same recipe with --train.objective=sft) stands beside it.
+"""
+
+import json
+from pathlib import Path
+
+from spin.files import read_json, write_whole
+from spin.loss import initial_loss
+
+# Okabe and Ito's colours, told apart by the colour-blind; line styles and markers tell them apart in print.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+SHOWN_PROMPTS = 6
+METRICS = {
+    "exact_match_sampled": "right when sampled",
+    "exact_match": "right when greedy",
+    "logp": "log p(right answer), nats",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write <run>/report.md and its figures; returns the report's path."""
+    parts = [f"# {run}\n"]
+    if any(evaluations(run)):
+        parts += ["## Held-out answers\n", table(run) + "\n"]
+        documents = next(iter(evaluations(run).values()))["documents"]
+        parts.append(f"Means over {documents} held-out prompts, with standard errors.\n")
+        parts.append(f"![accuracy by iteration]({plot_accuracy(run).name})\n")
+    if any(metrics(run)):
+        parts += ["## Training\n", training_table(run) + "\n", f"![training curves]({plot_training(run).name})\n"]
+    if any(evaluations(run)):
+        parts += ["## What each iteration answers\n", answers(run) + "\n"]
+    file = run / "report.md"
+    write_whole(file, "\n".join(parts))
+    return file
+
+
+def models(run: Path) -> dict[str, Path]:
+    """The base and the iterations that a run has, as {"base": directory, "iteration 0": …}."""
+    found = {"base": run / "base"}
+    n = 0
+    while (run / f"iter{n}").is_dir():
+        found[f"iteration {n}"] = run / f"iter{n}"
+        n += 1
+    return found
+
+
+def evaluations(run: Path) -> dict[str, dict]:
+    """{model: its held-out metrics}, of the models that have been evaluated."""
+    files = {name: directory / "evaluation" / "summary.json" for name, directory in models(run).items()}
+    return {name: read_json(file)["tasks"]["heldout"] for name, file in files.items() if file.is_file()}
+
+
+def metrics(run: Path) -> dict[str, list[dict]]:
+    """{iteration: its steps}, of self-play as far as it has come."""
+    files = {name: directory / "metrics.jsonl" for name, directory in models(run).items() if name != "base"}
+    logs = {name: [json.loads(line) for line in open(file)] for name, file in files.items() if file.is_file()}
+    return {name: steps for name, steps in logs.items() if steps and "margin" in steps[0]}
+
+
+def table(run: Path) -> str:
+    """Markdown: a row for each model, the control's after them."""
+    rows = [["model", *METRICS.values()]]
+    for prefix, directory in (("", run), ("control, SFT: ", run / "control")):
+        for name, values in evaluations(directory).items():
+            if not (prefix and name == "base"):
+                cells = [_with_error(values[key], values[f"{key}_stderr"]) for key in METRICS]
+                rows.append([prefix + name, *cells])
+    return _markdown(rows)
+
+
+def training_table(run: Path) -> str:
+    """Markdown: first and last loss, and the last tenth's means, of each iteration."""
+    rows = [["iteration", "steps", "loss at step 1", "loss", "accuracy", "margin", "reward real", "reward generated"]]
+    for name, steps in metrics(run).items():
+        last = steps[-max(1, len(steps) // 10) :]
+        keys = ("loss", "accuracy", "margin", "reward_real", "reward_generated")
+        means = [f"{sum(step[key] for step in last) / len(last):.3f}" for key in keys]
+        rows.append([name.removeprefix("iteration "), str(len(steps)), f"{steps[0]['loss']:.4f}", *means])
+    note = f"Means over the last tenth of the steps. The logistic loss starts at log 2 = {initial_loss('logistic'):.4f}."
+    return f"{_markdown(rows)}\n\n{note}"
+
+
+def answers(run: Path) -> str:
+    """Markdown: the first prompts that models differ on, with what each answers greedily."""
+    documents = {}
+    for name in evaluations(run):
+        with open(models(run)[name] / "evaluation" / "heldout.jsonl", encoding="utf-8") as lines:
+            documents[name] = [json.loads(line) for line in lines]
+    rows = [["prompt", "right answer", *documents]]
+    for texts in zip(*documents.values()):
+        if len(rows) <= SHOWN_PROMPTS and (len({row["text"] for row in texts}) > 1 or len(documents) == 1):
+            rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
+    note = "Sampled answers, ✓ where right; the first prompts on which the greedy answers differ."
+    return f"{_markdown(rows)}\n\n{note}"
+
+
+def plot_accuracy(run: Path) -> Path:
+    """accuracy.png: right answers by iteration, sampled and greedy, with the control."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    lines = (("", run, "-"), ("continued SFT, ", run / "control", "--"))
+    for prefix, directory, style in lines:
+        found = evaluations(directory)
+        if prefix and found and "base" in evaluations(run):
+            found = {"base": evaluations(run)["base"]} | found
+        for key, what, color, marker in (
+            ("exact_match_sampled", "sampled", BLUE, "o"),
+            ("exact_match", "greedy", ORANGE, "s"),
+        ):
+            if found and not (prefix and len(found) < 2):
+                axes.errorbar(
+                    range(len(found)),
+                    [values[key] for values in found.values()],
+                    yerr=[values[f"{key}_stderr"] for values in found.values()],
+                    label=f"{prefix or 'SPIN, '}{what}",
+                    color=color,
+                    linestyle=style,
+                    marker=marker,
+                    markerfacecolor="white" if prefix else color,
+                    capsize=3,
+                )
+    names = list(evaluations(run))
+    axes.set_xticks(range(len(names)), [name.replace("base", "SFT model") for name in names])
+    axes.set_ylabel("share of right answers")
+    axes.set_title("Held-out accuracy by iteration (bars: one standard error)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    return _save(plt, figure, run / "accuracy.png")
+
+
+def plot_training(run: Path) -> Path:
+    """training.png: loss, accuracy, margin, rewards and log-ratios over the steps of all iterations."""
+    plt = _pyplot()
+    panels = (
+        ("loss", {"loss": ("loss", BLUE, "-")}),
+        ("accuracy: real told from generated", {"accuracy": ("accuracy", BLUE, "-")}),
+        ("margin, nats (before β)", {"margin": ("margin", BLUE, "-")}),
+        (
+            "reward: β · log-ratio to the opponent",
+            {"reward_real": ("real", BLUE, "-"), "reward_generated": ("generated", ORANGE, "--")},
+        ),
+        (
+            "log p(response), nats",
+            {"logps_real": ("real", BLUE, "-"), "logps_generated": ("generated", ORANGE, "--")},
+        ),
+        ("gradient norm", {"grad_norm": ("norm", GREEN, "-")}),
+    )
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.4), sharex=True)
+    for axes, (title, curves) in zip(grid.flat, panels):
+        start = 0
+        for name, steps in metrics(run).items():
+            for key, (label, color, style) in curves.items():
+                values = [step[key] for step in steps]
+                at = range(start + 1, start + len(values) + 1)
+                axes.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(at, _smooth(values), color=color, linestyle=style, label=None if start else label)
+            axes.axvline(start + 0.5, color=GREY, linewidth=0.8, linestyle=":")
+            if title == "loss":
+                axes.annotate(name, (start + 1, 1.0), xycoords=("data", "axes fraction"), fontsize=7, va="bottom")
+            start += len(steps)
+        axes.set_title(title, fontsize=10, pad=14 if title == "loss" else None)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+    grid[0, 0].axhline(initial_loss("logistic"), color=GREY, linewidth=0.8)
+    for axes in grid[1]:
+        axes.set_xlabel("step, over all iterations")
+    return _save(plt, figure, run / "training.png")
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Running mean over a window of `share` of the curve, for the eye."""
+    half = max(1, int(len(values) * share / 2))
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
+
+
+def _marked(row: dict) -> str:
+    return row["sampled"].strip() + (" ✓" if row["exact_match_sampled"] else "")
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    escaped = [[" ".join(str(cell).replace("|", "\\|").split())[:200] for cell in row] for row in rows]
+    escaped.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt, figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

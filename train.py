@@ -1,0 +1,36 @@
+"""Run SPIN iterations: what is missing of them, from the opponent's responses to the evaluated model.
+
+    python train.py --iter 0                                   # one process: a CPU, or one GPU
+    torchrun --nproc-per-node 8 train.py --config configs/zephyr-7b.toml --iter 0-3
+    python train.py --sft                                      # the base model alone, by plain SFT
+"""
+
+from pathlib import Path
+
+from spin import cli
+from spin.distributed import ranks
+from spin.iteration import check, run_base, run_iteration, working_on
+from spin.report import write_report
+
+
+def main() -> None:
+    parser = cli.parser(__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--iter", help="which: 0, or 0-2, or 0,3")
+    what.add_argument("--sft", action="store_true", help="train the base model by SFT")
+    with cli.errors_in_words():
+        arguments, recipe = cli.parse(parser)
+        numbers = [] if arguments.sft else cli.iterations(arguments.iter)
+        config = recipe.at(0)
+        check(recipe, numbers)
+        with ranks() as group, working_on(config, group):
+            if arguments.sft or (not config.model.base and not config.base.is_dir()):
+                run_base(config, group)
+            for n in numbers:
+                run_iteration(recipe, n, group)
+                if group.first:
+                    write_report(Path(config.run.dir))
+
+
+if __name__ == "__main__":
+    main()
