@@ -1,10 +1,10 @@
-"""The SPIN losses (arXiv 2401.01335, equations 4.3 and 4.7) as pure functions."""
+"""The SPIN losses (arXiv 2401.01335, section 4) as pure functions."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ℓ: convex and decreasing (section 4.1). ℓ(0), the loss of the first step, is log 2 for the logistic and 1 else.
+# ℓ: convex and decreasing. ℓ(0), the loss of the first step, is log 2 for the logistic and 1 else.
 LOSSES = {
     "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t))
     "hinge": lambda t: (1 - t).clamp(min=0),

@@ -1,0 +1,50 @@
+# make demo       the default recipe, its control and its report
+# make test       the tests
+# make miniature  the default recipe over five seeds; fills docs/miniature.md
+# make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
+# make base       the miniature's shipped base model, made anew
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/torchrun --standalone
+
+.PHONY: demo test miniature gsm8k base clean
+
+demo: .venv/runtime
+	$(RUN) train.py --iter 0-3
+	@echo "The control: continued SFT on the same data, for the same steps"
+	$(RUN) train.py --iter 0-3 --run.dir=runs/tiny/control --model.base=runs/tiny/base/model --train.objective=sft
+	$(RUN) evaluate.py --iter base,0-3
+
+test: .venv/dev
+	$(BIN)/python -m pytest tests
+
+miniature: .venv/runtime
+	$(BIN)/python -m miniature.repeat --seeds 5
+
+gsm8k: .venv/dev data/mistral/tokenizer.model
+	$(RUN) train.py --config configs/gsm8k.toml --iter 0
+
+base: .venv/runtime
+	$(BIN)/python -m miniature.world --seed 0 --out runs/tiny-base/world
+	$(RUN) train.py --sft --config configs/tiny-base.toml
+	mkdir -p miniature/seed0/base
+	cp runs/tiny-base/world/sft.jsonl runs/tiny-base/world/heldout.jsonl miniature/seed0
+	cp runs/tiny-base/base/model/* miniature/seed0/base
+
+data/mistral/tokenizer.model: .venv/dev
+	mkdir -p $(@D)
+	cp "$$($(BIN)/python -c 'import mistral_common, pathlib; print(pathlib.Path(mistral_common.__file__).parent)')/data/tokenizer.model.v1" $@
+
+.venv/runtime: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing requirements.txt (PyTorch is large: some minutes)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs

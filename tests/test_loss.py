@@ -1,0 +1,93 @@
+"""The losses against hand calculations and the paper's theory."""
+
+import math
+
+import pytest
+import torch
+
+from spin.loss import LOSSES, initial_loss, spin_loss
+
+
+def test_logistic_loss_of_a_pair_worked_by_hand():
+    # margin = (-10 - -12) - (-9 - -8) = 3; t = 0.5 · 3 = 1.5; log(1 + e^-1.5) = 0.2014132779827524
+    loss = spin_loss(*(torch.tensor([v], dtype=torch.float64) for v in (-10.0, -9.0, -12.0, -8.0)), beta=0.5)
+    assert loss.item() == pytest.approx(0.2014132779827524, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind, at_zero, at_one_and_a_half, at_minus_two",
+    [
+        ("logistic", math.log(2), math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(2))),
+        ("hinge", 1, 0, 3),
+        ("exponential", 1, math.exp(-1.5), math.exp(2)),
+        ("correlation", 1, -0.5, 3),
+    ],
+)
+def test_each_loss_is_its_formula(kind, at_zero, at_one_and_a_half, at_minus_two):
+    zero = torch.zeros(3, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.5, -2.0], dtype=torch.float64)
+    expected = torch.tensor([at_zero, at_one_and_a_half, at_minus_two], dtype=torch.float64)
+    torch.testing.assert_close(spin_loss(t, zero, zero, zero, beta=1.0, kind=kind), expected)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_policy_equal_to_opponent_gives_the_loss_at_zero(kind):
+    real, generated = torch.randn(2, 5) * 30
+    loss = spin_loss(real, generated, real, generated, beta=5.0, kind=kind)
+    torch.testing.assert_close(loss, torch.full((5,), initial_loss(kind)))
+    assert initial_loss("logistic") == pytest.approx(math.log(2))
+
+
+def test_large_margins_stay_finite():
+    t = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss = spin_loss(t, torch.zeros(2), torch.zeros(2), torch.zeros(2), beta=1.0)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, torch.tensor([0.0, 1e4]))
+    torch.testing.assert_close(t.grad, torch.tensor([0.0, -1.0]))
+
+
+def test_unknown_loss_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="sigmoid.*logistic, hinge"):
+        spin_loss(*torch.zeros(4, 1), beta=1.0, kind="sigmoid")
+
+
+def tabular_minimum(p_data, p_opponent, beta):
+    """Minimise E_{y ~ data, y' ~ opponent} spin_loss over a softmax policy, the expectation taken exactly."""
+    opponent = p_opponent.log()
+    logits = opponent.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        policy = logits.log_softmax(-1)
+        y, other = torch.cartesian_prod(torch.arange(len(policy)), torch.arange(len(policy))).T
+        losses = spin_loss(policy[y], policy[other], opponent[y], opponent[other], beta)
+        loss = (p_data[y] * p_opponent[other] * losses).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.softmax(-1).detach(), closure().item()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+def test_tabular_policy_reaches_the_closed_form_of_the_next_opponent(beta):
+    # p_θt+1 ∝ p_θt · (p_data / p_θt)^(1/λ)
+    torch.manual_seed(0)
+    p_data, p_opponent = torch.randn(2, 6, dtype=torch.float64).softmax(-1)
+    reached, _ = tabular_minimum(p_data, p_opponent, beta)
+    expected = p_opponent * (p_data / p_opponent) ** (1 / beta)
+    torch.testing.assert_close(reached, expected / expected.sum(), atol=1e-5, rtol=0)
+
+
+def test_tabular_policy_stays_where_opponent_is_the_data():
+    p_data = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    reached, loss = tabular_minimum(p_data, p_data, 1.0)
+    torch.testing.assert_close(reached, p_data, atol=1e-6, rtol=0)
+    assert loss == pytest.approx(math.log(2), abs=1e-10)
+
+
+def test_gradient_at_the_opponent_is_half_beta_times_the_sft_difference():
+    logps = torch.zeros(4, 1, requires_grad=True)
+    spin_loss(*logps, beta=0.1).sum().backward()
+    torch.testing.assert_close(logps.grad[:2], torch.tensor([[-0.05], [0.05]]))

@@ -1,0 +1,203 @@
+"""The transformer against transformers' MistralForCausalLM, and the cache against the full forward."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_ids, reference, small_config, small_model
+
+from model.attention import Segments, attend, attend_cached
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.mistral import TokenLogps
+from spin.logps import response_logps
+from spin.packing import Item, pack
+
+SHAPES = {
+    "gqa 2": {},
+    "gqa 1": dict(num_key_value_heads=4),
+    "gqa 4": dict(num_key_value_heads=1),
+    "tied": dict(tie_word_embeddings=True),
+    "wide heads": dict(head_dim=16),
+    "window": dict(sliding_window=5),
+    "theta": dict(rope_theta=1e6, rms_norm_eps=1e-6),
+}
+
+
+def logits_of(model, sequences):
+    """One packed forward; a list of (length, V)."""
+    lengths = [len(s) for s in sequences]
+    tokens = torch.tensor([t for s in sequences for t in s])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return model(tokens, positions, Segments.causal(lengths)).split(lengths)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_logits_equal_transformers_one_sequence_at_a_time(shape):
+    model = small_model(**SHAPES[shape])
+    other = reference(model)
+    rng = random.Random(0)
+    sequences = [random_ids(rng, n) for n in (1, 7, 40, 3, 19)]
+    with torch.no_grad():
+        for sequence, ours in zip(sequences, logits_of(model, sequences)):
+            theirs = other(torch.tensor([sequence])).logits[0]
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_window_matters_in_that_comparison():
+    sequence = random_ids(random.Random(1), 40)
+    with torch.no_grad():
+        (narrow,), (wide,) = (logits_of(small_model(sliding_window=w), [sequence]) for w in (5, None))
+    torch.testing.assert_close(narrow[:5], wide[:5])
+    assert (narrow[5:] - wide[5:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_over_shared_prompts_is_masked_softmax(window):
+    torch.manual_seed(0)
+    items = [Item([1] * 5, ([1] * 4, [1] * 7)), Item([1] * 9, ([1], [1] * 2)), Item([1] * 2, ([1] * 30,))]
+    packed = pack(items)
+    total = len(packed.tokens)
+    q, k, v = torch.randn(total, 4, 8), torch.randn(total, 2, 8), torch.randn(total, 2, 8)
+    # Who sees whom, written out: own sequence (prompt and one response), no later position, inside the window.
+    sequences, start = [], 0
+    for item in items:
+        prompt = list(range(start, start + len(item.prompt)))
+        start += len(item.prompt)
+        for response in item.responses:
+            sequences.append(prompt + list(range(start, start + len(response) - 1)))
+            start += len(response) - 1
+    expected = torch.full((total, 4, 8), float("nan"))
+    for sequence in sequences:
+        for place, row in enumerate(sequence):
+            seen = sequence[max(0, place + 1 - window) if window else 0 : place + 1]
+            for head in range(4):
+                weights = (k[seen, head // 2] @ q[row, head] / 8**0.5).softmax(0)
+                expected[row, head] = weights @ v[seen, head // 2]
+    ours = attend(q, k, v, packed.segments, window)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    padded_groups, _ = packed.segments.groups(window)
+    assert len(padded_groups) < sum(len(item.responses) for item in items)  # some were batched
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_over_the_cache_is_the_last_row_of_causal_attention(window):
+    torch.manual_seed(0)
+    lengths = [1, 6, 9]
+    k, v, q = torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 4, 8)
+    ours = attend_cached(q, k, v, torch.tensor(lengths) - 1, window)
+    for row, n in enumerate(lengths):
+        full_q = torch.randn(n, 4, 8)
+        full_q[-1] = q[row]
+        theirs = attend(full_q, k[row, :n], v[row, :n], Segments.causal([n]), window)[-1]
+        torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gqa 2", "gqa 4", "window"])
+def test_cached_ragged_decoding_equals_a_full_forward(shape):
+    model = small_model(**SHAPES[shape])
+    rng = random.Random(2)
+    sequences = [random_ids(rng, n) for n in (12, 15, 30)]
+    prompts = [1, 7, 22]  # lengths read by the prefill; the rest is fed token by token
+    with torch.no_grad():
+        expected = logits_of(model, sequences)
+        cache = KVCache(model.config, 3, 32, torch.float32)
+        prefill = torch.tensor([t for s, n in zip(sequences, prompts) for t in s[:n]])
+        positions = torch.cat([torch.arange(n) for n in prompts])
+        slots = torch.arange(3).repeat_interleave(torch.tensor(prompts))
+        last = torch.tensor(prompts).cumsum(0) - 1
+        logits = model(prefill, positions, Segments.causal(prompts), cache, slots, at=last)
+        for step in range(8):
+            for row in range(3):
+                torch.testing.assert_close(logits[row], expected[row][prompts[row] - 1 + step], atol=1e-4, rtol=1e-4)
+            tokens = torch.tensor([s[n + step] for s, n in zip(sequences, prompts)])
+            at = torch.tensor(prompts) + step
+            cache.longest = int(at.max()) + 1
+            logits = model(tokens, at, cache=cache, slots=torch.arange(3))
+
+
+def naive_logps(other, item):
+    """log p of each response by transformers: separate, unpacked sequences and a full log-softmax."""
+    result = []
+    for response in item.responses:
+        ids = torch.tensor([item.prompt + response])
+        logps = other(ids).logits[0].log_softmax(-1)
+        at = torch.arange(len(item.prompt) - 1, ids.shape[1] - 1)
+        result.append(logps[at, ids[0, at + 1]].sum())
+    return result
+
+
+@pytest.mark.parametrize("shape", ["gqa 2", "tied", "window"])
+def test_packed_logps_and_gradients_equal_transformers_on_separate_sequences(shape):
+    model = small_model(**SHAPES[shape])
+    other = reference(model)
+    rng = random.Random(3)
+    items = [
+        Item(random_ids(rng, prompt), tuple(random_ids(rng, n) for n in responses))
+        for prompt, responses in ((9, (5, 12)), (1, (1, 8)), (25, (3, 1)), (4, (6,)), (6, (2, 9, 4)))
+    ]
+    coefficients = torch.randn(sum(len(item.responses) for item in items))
+    ours = response_logps(model, pack(items), chunk=7)
+    theirs = torch.stack([logp for item in items for logp in naive_logps(other, item)])
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-4)
+    (ours * coefficients).sum().backward()
+    (theirs * coefficients).sum().backward()
+    reference_gradients = {name: parameter.grad for name, parameter in other.named_parameters()}
+    for name, parameter in model.named_parameters():
+        expected = reference_gradients[name]
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunked_log_softmax_and_its_gradient_are_torchs(chunk):
+    torch.manual_seed(0)
+    x, weight = torch.randn(11, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
+    targets, grad = torch.randint(13, (11,)), torch.randn(11)
+    expected = torch.log_softmax(x @ weight.T, -1)[torch.arange(11), targets]
+    wanted = torch.autograd.grad(expected, (x, weight), grad)
+    ours = TokenLogps.apply(x, weight, targets, chunk)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), grad), wanted)
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    item = Item(random_ids(random.Random(4), 6), (random_ids(random.Random(5), 5), random_ids(random.Random(6), 9)))
+    gradients = []
+    for recompute in (False, True):
+        model = small_model()
+        for block in model.model["layers"]:
+            block.recompute = recompute
+        response_logps(model, pack([item])).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_stream_without_responses_still_reaches_every_parameter():
+    model = small_model()
+    response_logps(model, pack([])).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "mixtral"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_an_architecture_that_would_be_computed_wrongly_is_refused_by_field(field, value):
+    values = small_config().to_dict("float32") | {field: value}
+    with pytest.raises(ValueError, match=f"config.json: {field}"):
+        ModelConfig.from_dict(values)
+
+
+def test_config_is_read_as_transformers_writes_it():
+    from transformers import MistralConfig
+
+    ours = small_config(rope_theta=5e5, sliding_window=17)
+    theirs = MistralConfig(**{k: v for k, v in ours.to_dict("float32").items() if k != "architectures"})
+    assert ModelConfig.from_dict(theirs.to_dict()) == ours
