@@ -1,0 +1,163 @@
+"""Forms of data that users have, cuts as the official code makes them, and refusals by file and line."""
+
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, write_jsonl
+
+from spin.config import Data
+from spin.data import choose, encode_prompts, load_examples, load_generated, tokenize
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+SYSTEM = {"role": "system", "content": "be kind"}
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def load(path, need_generated=False, **settings):
+    return load_examples(str(path), Data(**settings), Counter(), need_generated)
+
+
+@pytest.mark.parametrize(
+    "row, settings",
+    [
+        ({"messages": [USER, ANSWER, {"role": "user", "content": "more"}, ANSWER | {"content": "no"}]}, {}),
+        ({"messages": [USER, ANSWER], "prompt": "hi", "prompt_id": "7"}, {}),  # UltraChat200k's columns
+        ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": "hm"}]}, {}),
+        ({"prompt": "hi", "response": "ho"}, {}),
+        ({"question": "hi", "answer": "ho", "id": 3}, dict(prompt_column="question", response_column="answer")),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_every_form_gives_the_first_turns(tmp_path, row, settings, form):
+    if form == "jsonl":
+        write_jsonl(tmp_path / "d.jsonl", [row, row])
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "d.parquet")
+    first, second = load(tmp_path, **settings)
+    assert (first.prompt, first.real) == ((USER,), "ho")
+    assert first.generated == ("hm" if "generated" in row else None)
+    assert second.where.endswith(f"d.{form}:2")
+
+
+def test_a_system_turn_is_kept_and_an_empty_one_added_on_request(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": [SYSTEM, USER, ANSWER]}, {"messages": [USER, ANSWER]}])
+    assert [e.prompt for e in load(tmp_path)] == [(SYSTEM, USER), (USER,)]
+    empty = {"role": "system", "content": ""}
+    assert [e.prompt for e in load(tmp_path, empty_system=True)] == [(SYSTEM, USER), (empty, USER)]
+
+
+def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
+    for name in "cab":
+        write_jsonl(tmp_path / f"part-{name}.jsonl", [{"prompt": name, "response": "r"}])
+    assert [e.question for e in load(tmp_path)] == ["a", "b", "c"]
+    assert [e.question for e in load(tmp_path / "part-[bc].jsonl")] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "a", "response": "b"', "not JSON"),
+        ('["a"]', "must be an object"),
+        ('{"prompt": "  ", "response": "b"}', "empty prompt"),
+        ('{"prompt": "a", "response": ""}', "empty response"),
+        ('{"prompt": "a"}', "found the columns 'prompt', none of the known forms"),
+        ('{"prompt": "a", "response": 3}', "'response' must be a text, not int"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
+        ('{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "role None"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "role 'human'"),
+        ('{"messages": "a"}', "must be a list"),
+        ('{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "generated": '
+         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', 'empty "generated"'),
+        ('{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "generated": '
+         '[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}', "different prompts"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
+    good = '{"prompt": "a", "response": "b"}\n'
+    (tmp_path / "d.jsonl").write_text(good + line + "\n" + good)
+    with pytest.raises(ValueError, match=f"d.jsonl:2.*{message}"):
+        load(tmp_path / "d.jsonl")
+
+
+def test_empty_texts_can_be_dropped_and_are_counted(tmp_path):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": "\n"}]
+    counts = Counter()
+    examples = load_examples(str(write_jsonl(tmp_path / "d.jsonl", rows)), Data(empty="drop"), counts)
+    assert len(examples) == 1
+    assert counts == {"examples dropped for an empty prompt": 1, "examples dropped for an empty response": 1}
+
+
+def test_missing_files_empty_files_and_missing_columns_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "e.jsonl").write_text("")
+    with pytest.raises(ValueError, match="e.jsonl: no examples"):
+        load(tmp_path / "e.jsonl")
+    (tmp_path / "f.parquet").write_text("no")
+    with pytest.raises(ValueError, match="f.parquet: not a Parquet file"):
+        load(tmp_path / "f.parquet")
+    write_jsonl(tmp_path / "g.jsonl", [{"question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match="no column 'q', found 'question', 'answer'"):
+        load(tmp_path / "g.jsonl", prompt_column="q", response_column="answer")
+    with pytest.raises(ValueError, match="go together"):
+        load(tmp_path / "g.jsonl", prompt_column="question")
+    with pytest.raises(ValueError, match='pairs need the columns "real" and "generated"'):
+        load(tmp_path / "g.jsonl", need_generated=True)
+
+
+def test_the_sample_is_seeded_without_repeats_and_not_larger_than_the_data(tmp_path):
+    rows = [{"prompt": str(i), "response": "r"} for i in range(50)]
+    examples = load(write_jsonl(tmp_path / "d.jsonl", rows))
+    chosen = [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
+    assert chosen == [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
+    assert len(set(chosen)) == 20 and chosen != [e.question for e in choose(examples, Data(num_prompts=20, seed=2))]
+    assert choose(examples, Data()) == examples
+    with pytest.raises(ValueError, match="num_prompts = 51.*50 examples"):
+        choose(examples, Data(num_prompts=51, path="d"))
+
+
+@pytest.mark.parametrize(
+    "prompt, real, generated, kept",
+    [
+        # max_length 20, max_prompt_length 8; a prompt has a line's end, a response its end of sequence
+        (10, 8, 5, (11, 9, 6)),  # 20 in all: nothing is cut
+        (11, 8, 5, (8, 9, 6)),  # 21: the prompt keeps its last 8
+        (4, 14, 30, (5, 12, 12)),  # a short prompt stays; responses are cut at 20 - 8
+        (11, 30, 5, (8, 12, 6)),  # both
+        (19, 0, 0, (8, 1, 1)),
+    ],
+)
+def test_lengths_are_cut_as_in_the_official_code(letters, prompt, real, generated, kept):
+    from spin.data import Example
+
+    text = "abcdefghijklmnopqrstuvwxyz" * 2
+    example = Example(({"role": "user", "content": text[:prompt]},), text[:real], text[:generated])
+    counts = Counter()
+    (item,) = tokenize([example], letters, "plain", Data(max_length=20, max_prompt_length=8), counts)
+    assert (len(item.prompt), *map(len, item.responses)) == kept
+    whole = letters.encode(text[:prompt] + "\n")
+    assert item.prompt == whole[-kept[0] :]
+    assert counts["prompts cut at the left"] == (kept[0] < prompt + 1)
+    assert counts["responses cut"] == sum(n < size + 1 for n, size in zip(kept[1:], (real, generated)))
+    (read,) = encode_prompts([example], letters, "plain", Data(max_length=20, max_prompt_length=8), Counter())
+    assert read == whole[-8:]
+
+
+def test_the_opponents_own_empty_response_is_a_pair_like_any_other(tmp_path, letters):
+    rows = [{"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": ""}]}]
+    write_jsonl(tmp_path / "part.jsonl", rows)
+    (example,) = load_generated(tmp_path, Data())
+    assert example.to_pair() == rows[0]
+    (item,) = tokenize([example], letters, "plain", Data(), Counter())
+    assert item.responses[1] == [letters.eos_id]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
+def test_released_pairs_and_gsm8k_questions_load():
+    pairs = load(SHARED / "gsm8k" / "pairs.jsonl", need_generated=True)
+    assert len(pairs) == 800 and all(pair.generated for pair in pairs)
+    columns = dict(prompt_column="question", response_column="answer")
+    assert len(load(SHARED / "gsm8k" / "train.jsonl", **columns)) == 7473

@@ -1,0 +1,291 @@
+"""The three scripts as a user runs them: whole iterations, on one rank and two, killed and continued."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, environment, random_ids, run_script, weights, write_jsonl
+
+STAGES = ("config.toml", "inputs.json", "generated/meta.json", "opponent_logps.safetensors", "metrics.jsonl",
+          "model/config.json", "model/model.safetensors", "model/tokenizer.model", "evaluation/summary.json")  # fmt: skip
+
+
+def metrics(directory):
+    return [json.loads(line) for line in open(directory / "metrics.jsonl")]
+
+
+def generated(directory):
+    return {file.name: file.read_bytes() for file in (directory / "generated").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """A run of iterations 0 and 1, its base trained on the way."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    output = run_script("train.py", *recipe(run), "--iter", "0-1")
+    return run, output
+
+
+def test_an_iteration_leaves_every_stages_result(finished):
+    run, _ = finished
+    for n in (0, 1):
+        for file in STAGES:
+            assert (run / f"iter{n}" / file).is_file(), file
+        assert not list(run.rglob("*.partial"))
+    assert (run / "report.md").is_file() and (run / "training.png").is_file()
+    assert len(metrics(run / "iter0")) == 12 and len(metrics(run / "iter1")) == 24  # 48 pairs, then 96, by 8, twice
+
+
+def test_the_first_loss_of_each_iteration_is_log_2(finished):
+    run, _ = finished
+    for n in (0, 1):
+        first = metrics(run / f"iter{n}")[0]
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+        assert abs(first["margin"]) < 1e-3 and abs(first["reward_real"]) < 1e-3
+    names = ("step epoch loss accuracy margin reward_real reward_generated logps_real logps_generated grad_norm lr "
+             "tokens_per_second").split()  # fmt: skip
+    assert set(first) == set(names)
+
+
+def test_pairs_are_in_the_released_form_one_for_each_prompt(finished):
+    run, _ = finished
+    lines = [json.loads(line) for line in open(run / "iter0/generated/part-00000-of-00001.jsonl")]
+    assert len(lines) == 48 and len({line["real"][0]["content"] for line in lines}) == 48
+    for line in lines:
+        assert [message["role"] for message in line["real"]] == ["user", "assistant"]
+        assert line["generated"][0] == line["real"][0]
+    data = {row["prompt"]: row["response"] for row in map(json.loads, open(ROOT / "miniature/seed0/sft.jsonl"))}
+    assert all(data[line["real"][0]["content"]] == line["real"][1]["content"] for line in lines)
+
+
+def test_the_exported_model_loads_in_transformers_with_the_same_logits(finished):
+    from transformers import AutoModelForCausalLM
+
+    from model.attention import Segments
+    from model.weights import load_model
+
+    run, _ = finished
+    path = run / "iter1" / "model"
+    ids = torch.tensor(random_ids(random.Random(0), 40, vocab=32))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids[None]).logits[0]
+        ours = load_model(path, torch.float32)(ids, torch.arange(40), Segments.causal([40]))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
+    run, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()}
+    output = run_script("train.py", *recipe(run), "--iter", "0-1")
+    assert output.count("finished, nothing to do") == 2
+    assert {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--data.seed=3"])
+def test_a_changed_setting_that_matters_is_refused_by_name(finished, recipe, override):
+    run, _ = finished
+    output = run_script("train.py", *recipe(run, override), "--iter", "0", fails=True)
+    assert "begun with other settings" in output and override[2:].split("=")[0] in output
+    assert "Traceback" not in output
+
+
+def test_a_changed_setting_that_does_not_matter_is_accepted(finished, recipe):
+    run, _ = finished
+    assert "finished" in run_script("train.py", *recipe(run, "--train.token_budget=99"), "--iter", "0")
+
+
+def test_another_opponent_is_refused(finished, recipe, tmp_path):
+    run, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    subprocess.run(["rm", "-r", copy / "iter1/model", copy / "iter0/model"], check=True)
+    subprocess.run(["cp", "-r", copy / "base/model", copy / "iter0/model"], check=True)
+    output = run_script("train.py", *recipe(copy), "--iter", "1", fails=True)
+    assert "iter1: begun with another opponent" in output
+
+
+def test_iteration_1_replays_the_pairs_of_iteration_0(finished, recipe):
+    _, output = finished
+    assert "iteration 0: 48 examples, 0 of them replayed" in output
+    assert "iteration 1: 96 examples, 48 of them replayed" in output
+
+
+def test_evaluate_gives_every_model_a_row_and_documents_in_order(finished, recipe):
+    run, _ = finished
+    output = run_script("evaluate.py", *recipe(run), "--iter", "base,0-1")
+    for name in ("base", "iteration 0", "iteration 1"):
+        assert f"| {name} | 0." in output
+    rows = [json.loads(line) for line in open(run / "iter1/evaluation/heldout.jsonl")]
+    assert [row["doc"] for row in rows] == list(range(40))
+    summary = json.loads((run / "iter1/evaluation/summary.json").read_text())["tasks"]["heldout"]
+    assert summary["exact_match"] == sum(row["text"].strip() == row["target"] for row in rows) / 40
+    p = summary["exact_match_sampled"]
+    assert summary["exact_match_sampled_stderr"] == pytest.approx((p * (1 - p) / 39) ** 0.5)
+
+
+def test_any_checkpoint_can_be_evaluated_alone(finished, recipe, tmp_path):
+    run, _ = finished
+    output = run_script(
+        "evaluate.py", *recipe(run), "--model", str(run / "iter0/model"), "--out", str(tmp_path / "out")
+    )
+    assert "exact_match = " in output
+    same = (run / "iter0/evaluation/heldout.jsonl").read_bytes()
+    assert (tmp_path / "out/heldout.jsonl").read_bytes() == same
+
+
+def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
+    run, _ = finished
+    run_script("train.py", *recipe(tmp_path / "two"), "--iter", "0-1", ranks=2)
+    one, two = run, tmp_path / "two"
+    assert generated(one / "iter0") == generated(two / "iter0")
+    for n in (0, 1):
+        for a, b in zip(metrics(one / f"iter{n}"), metrics(two / f"iter{n}"), strict=True):
+            for key in ("loss", "margin", "grad_norm", "logps_real"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (n, a["step"], key)
+        ours, theirs = weights(one / f"iter{n}/model"), weights(two / f"iter{n}/model")
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def kill_when(arguments, ready, ranks=1):
+    """Start train.py, kill it and its children with SIGKILL once `ready()`; asserts that it was still at work."""
+    process = subprocess.Popen(
+        command("train.py", *arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def count_lines(*files):
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+
+def assert_same_run(one, two):
+    assert generated(one) == generated(two)
+    for file in ("opponent_logps.safetensors", "model/model.safetensors", "evaluation/heldout.jsonl"):
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]  # noqa: E731
+    assert timeless(metrics(one)) == timeless(metrics(two))
+
+
+SLOW = ("--generate.slots=1", "--data.num_prompts=200", "--evaluate.limit=10")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    """One slot, so that a response's rounding does not depend on its company, and time enough to be killed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run_script("train.py", *recipe(run, *SLOW), "--iter", "0")
+    return run / "iter0"
+
+
+def test_a_run_killed_while_generating_ends_as_if_undisturbed(undisturbed, recipe, tmp_path):
+    arguments = [*recipe(tmp_path / "killed", *SLOW), "--iter", "0"]
+    lines = tmp_path / "killed/iter0/generated.partial/rank0.jsonl"
+    for wanted in (20, 90):
+        kill_when(arguments, lambda: count_lines(lines) >= wanted)
+        assert not (tmp_path / "killed/iter0/generated").exists()
+    with open(lines, "a") as file:
+        file.write('{"prompt": 7, "resp')  # what a kill in the middle of a line leaves
+    run_script("train.py", *arguments)
+    assert_same_run(undisturbed, tmp_path / "killed/iter0")
+
+
+def test_a_run_killed_while_training_ends_as_if_undisturbed(undisturbed, recipe, tmp_path):
+    arguments = [*recipe(tmp_path / "killed", *SLOW), "--iter", "0"]
+    directory = tmp_path / "killed/iter0"
+    for wanted in (6, 31):
+        kill_when(arguments, lambda: count_lines(directory / "metrics.jsonl") >= wanted)
+        assert not (directory / "model").exists()
+    run_script("train.py", *arguments)
+    assert_same_run(undisturbed, directory)
+
+
+def test_a_run_of_two_ranks_killed_while_generating_goes_on_with_one(undisturbed, recipe, tmp_path):
+    arguments = [*recipe(tmp_path / "killed", *SLOW), "--iter", "0"]
+    partial = tmp_path / "killed/iter0/generated.partial"
+    kill_when(arguments, lambda: count_lines(partial / "rank0.jsonl", partial / "rank1.jsonl") >= 40, ranks=2)
+    run_script("train.py", *arguments)
+    assert generated(tmp_path / "killed/iter0") == generated(undisturbed)
+
+
+def test_generate_alone_leaves_pairs_and_train_goes_on_from_them(undisturbed, recipe, tmp_path):
+    arguments = [*recipe(tmp_path / "run", *SLOW), "--iter", "0"]
+    run_script("generate.py", *arguments)
+    assert generated(tmp_path / "run/iter0") == generated(undisturbed)
+    assert not (tmp_path / "run/iter0/metrics.jsonl").exists()
+    assert "iteration 0: 200 examples" in run_script("train.py", *arguments)
+    assert_same_run(undisturbed, tmp_path / "run/iter0")
+
+
+def test_pairs_in_the_released_form_train_without_generating(finished, recipe, tmp_path):
+    run, _ = finished
+    pairs = run / "iter0/generated/part-00000-of-00001.jsonl"
+    arguments = recipe(tmp_path / "run", f"--data.pairs={pairs}", "--data.num_prompts=0", f"--model.base={run}/base/model")
+    output = run_script("train.py", *arguments, "--iter", "0")
+    assert "iteration 0: 48 examples" in output and not (tmp_path / "run/iter0/generated").exists()
+    assert metrics(tmp_path / "run/iter0")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recipe, tmp_path):
+    run, _ = finished
+    arguments = recipe(tmp_path / "control", "--train.objective=sft", f"--model.base={run}/base/model")
+    run_script("train.py", *arguments, "--iter", "0-1")
+    for n in (0, 1):
+        assert len(metrics(tmp_path / f"control/iter{n}")) == len(metrics(run / f"iter{n}"))
+        assert not (tmp_path / f"control/iter{n}/generated").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--evaluate.heldout=gone.jsonl"], "gone.jsonl: no such file"),
+        (["--data.path=gone.jsonl"], "gone.jsonl: no such file"),
+        (["--model.base=gone"], "gone: no such directory"),
+        (["--sft.init=gone"], "gone"),
+        (["--sft.init="], "sft.architecture"),
+        (["--evaluate.answer_pattern=(a)(b)"], "must have one group"),
+        (["--data.num_prompts=999"], "num_prompts = 999"),
+        (["--trian.lr=1"], "did you mean train.lr"),
+        (["--verbose"], "not of the form"),
+    ],
+)
+def test_what_a_later_stage_would_trip_over_is_refused_before_the_first(recipe, tmp_path, overrides, message):
+    output = run_script("train.py", *recipe(tmp_path / "run", *overrides), "--iter", "0", fails=True)
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+def test_an_iteration_before_its_opponent_is_refused(recipe, tmp_path):
+    output = run_script("train.py", *recipe(tmp_path / "run"), "--iter", "2", fails=True)
+    assert "run --iter 1 first" in output and "Traceback" not in output
+
+
+def test_a_second_process_in_a_run_is_refused(finished, recipe):
+    import fcntl
+
+    run, _ = finished
+    with open(run / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        output = run_script("train.py", *recipe(run), "--iter", "0", fails=True)
+    assert "another process is at work here" in output
+
+
+def test_a_bad_line_of_data_is_refused_with_its_place(recipe, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
+    output = run_script("train.py", *recipe(tmp_path / "run", f"--data.path={data}"), "--iter", "0", fails=True)
+    assert "d.jsonl:2: empty response" in output

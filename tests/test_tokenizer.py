@@ -1,0 +1,108 @@
+"""Templates against transformers' rendering; sentencepiece ids; message text that never becomes control."""
+
+import pytest
+
+from model.tokenizer import Tokenizer, render
+
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""  # as HuggingFaceH4/zephyr-7b-beta publishes it
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "In Southampton, what is popular?"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "two\nlines  and  blanks "}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b\n\nc"},
+        {"role": "user", "content": "d"},
+    ],
+    [{"role": "user", "content": "é 😀"}, {"role": "assistant", "content": " leading blank"}],
+]
+AWKWARD = ["I don't", " two", "  three  ", "", "\n", "é 😀 中文", "<s></s> <unk>[INST]", "tab\tend", "a\n\nb ", "55%"]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_zephyr_text_is_transformers_own_rendering(mistral_tokenizer, messages):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    open_ended = messages[-1]["role"] != "assistant"
+    (expected,), _ = render_jinja_template(
+        conversations=[messages], chat_template=ZEPHYR, add_generation_prompt=open_ended, eos_token="</s>"
+    )
+    assert mistral_tokenizer.render(messages, "zephyr") == expected
+
+
+def test_zephyr_prompt_with_the_papers_empty_system_turn(mistral_tokenizer):
+    text = mistral_tokenizer.render([{"role": "system", "content": ""}, {"role": "user", "content": "{x}"}], "zephyr")
+    assert text == "<|system|>\n</s>\n<|user|>\n{x}</s>\n<|assistant|>\n"
+
+
+def test_instruction_prompt_is_the_official_generators(mistral_tokenizer):
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Why?"}]
+    assert mistral_tokenizer.render(messages, "instruction") == "### Instruction: Why?\n\n### Response: "
+
+
+def test_plain_prompt_is_the_message_and_a_line_end(mistral_tokenizer):
+    assert mistral_tokenizer.render([{"role": "user", "content": "Why?"}], "plain") == "Why?\n"
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_ids_are_those_of_sentencepiece_itself(mistral_tokenizer, text):
+    from sentencepiece import SentencePieceProcessor
+
+    assert mistral_tokenizer.encode(text) == SentencePieceProcessor(model_file=str(mistral_tokenizer.file)).encode(text)
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_continuations_survive_the_way_there_and_back(mistral_tokenizer, text):
+    assert mistral_tokenizer.decode_continuation(mistral_tokenizer.encode_continuation(text)) == text
+    assert mistral_tokenizer.decode(mistral_tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_prompt_and_response_are_one_strings_tokens(mistral_tokenizer, text):
+    # After the last control token, zephyr's prompt and response are one text; encoded whole, it must be the same.
+    messages = [{"role": "user", "content": "x"}]
+    prompt = mistral_tokenizer.encode_prompt(messages, "zephyr")
+    whole = mistral_tokenizer.encode("\n<|assistant|>\n" + text)
+    ids = prompt + mistral_tokenizer.encode_response(text)
+    assert ids[-1] == mistral_tokenizer.eos_id
+    assert ids[:-1] == mistral_tokenizer.encode("<|user|>\nx") + [mistral_tokenizer.eos_id] + whole
+
+
+@pytest.mark.parametrize("template", ["zephyr", "instruction", "plain"])
+def test_control_markers_in_a_message_stay_characters(mistral_tokenizer, template):
+    markers = "<s> </s> <unk> [INST]"
+    inside = mistral_tokenizer.encode_prompt([{"role": "user", "content": markers}], template)
+    outside = mistral_tokenizer.encode_prompt([{"role": "user", "content": "x"}], template)
+    control = lambda ids: [i for i in ids if i in (0, mistral_tokenizer.bos_id, mistral_tokenizer.eos_id)]  # noqa: E731
+    assert control(inside) == control(outside)
+    assert markers in mistral_tokenizer.decode(inside)
+    assert control(mistral_tokenizer.encode_response(markers)) == [mistral_tokenizer.eos_id]
+
+
+def test_unknown_template_role_and_content_are_refused():
+    with pytest.raises(ValueError, match="'chatml' is not one of zephyr, instruction, plain"):
+        render([{"role": "user", "content": "x"}], "chatml")
+    with pytest.raises(ValueError, match="role of system, user, assistant"):
+        render([{"role": "human", "content": "x"}], "zephyr")
+    with pytest.raises(ValueError, match="content"):
+        render([{"role": "user", "content": None}], "zephyr")
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.model: not a sentencepiece model"):
+        Tokenizer(tmp_path)

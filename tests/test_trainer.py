@@ -1,0 +1,193 @@
+"""The training loop against the naive way: transformers, one sequence at a time, two models, torch's RMSprop."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import random_ids, reference, small_model
+from test_model import naive_logps
+
+from model.weights import save_model
+from spin.config import SFT, Train
+from spin.distributed import ranks, sharded_model
+from spin.opponent import score
+from spin.packing import Item
+from spin.trainer import Schedule, train
+
+PART = dict(batch_size=4, epochs=2, lr=1e-3, beta=0.7, dtype="float32", token_budget=60, logit_chunk=5,
+            checkpoint_every=100, max_grad_norm=0.5)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def group():
+    with ranks() as group:
+        yield group
+
+
+def pairs(count: int, responses: int = 2) -> list[Item]:
+    rng = random.Random(0)
+    return [
+        Item(random_ids(rng, rng.randint(1, 15)), tuple(random_ids(rng, rng.randint(1, 12)) for _ in range(responses)))
+        for _ in range(count)
+    ]
+
+
+def metrics(directory):
+    return [json.loads(line) for line in open(directory / "metrics.jsonl")]
+
+
+def assert_same_weights(model, other, rtol):
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        ours = parameter.full_tensor()
+        assert (ours - theirs[name]).norm() <= rtol * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("loss", ["logistic", "hinge", "exponential", "correlation"])
+def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group, loss):
+    items = pairs(10)
+    save_model(small_model(), tmp_path / "opponent", torch.float32)
+    part = Train(loss=loss, **PART)
+    model = sharded_model(tmp_path / "opponent", group, torch.float32)
+    opponent = score(model, items, part.token_budget, part.logit_chunk, group)
+    train(part, model, items, opponent, tmp_path / "run", group)
+
+    policy, frozen = reference(small_model()), reference(small_model())
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=part.lr, alpha=0.99, eps=1e-8)
+    schedule = Schedule(part, len(items))
+    formula = {
+        "logistic": lambda t: -torch.nn.functional.logsigmoid(t),
+        "hinge": lambda t: torch.relu(1 - t),
+        "exponential": lambda t: torch.exp(-t),
+        "correlation": lambda t: 1 - t,
+    }[loss]
+    assert schedule.stop == 6
+    for step, logged in enumerate(metrics(tmp_path / "run")):
+        batch = [items[i] for i in schedule.batch(step)]
+        losses, margins, rewards = [], [], []
+        for item in batch:
+            real, generated = naive_logps(policy, item)
+            with torch.no_grad():
+                real_0, generated_0 = naive_logps(frozen, item)
+            margins.append(((real - real_0) - (generated - generated_0)).item())
+            rewards.append([part.beta * (real - real_0).item(), part.beta * (generated - generated_0).item()])
+            losses.append(formula(part.beta * ((real - real_0) - (generated - generated_0))))
+        total = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), part.max_grad_norm)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = schedule.lr(step)
+        optimizer.step()
+        assert logged["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-5)
+        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert logged["margin"] == pytest.approx(sum(margins) / len(batch), rel=1e-3, abs=1e-4)
+        if step:
+            assert logged["accuracy"] == sum(m > 0 for m in margins) / len(batch)
+        means = [sum(values) / len(batch) for values in zip(*rewards)]
+        assert [logged["reward_real"], logged["reward_generated"]] == pytest.approx(means, rel=1e-3, abs=1e-4)
+    assert_same_weights(model, policy, 1e-4)
+
+
+def test_sft_steps_equal_the_naive_token_mean(tmp_path, group):
+    items = pairs(6, responses=1)
+    save_model(small_model(), tmp_path / "init", torch.float32)
+    part = SFT(**{k: v for k, v in PART.items() if k != "beta"})
+    model = sharded_model(tmp_path / "init", group, torch.float32)
+    train(part, model, items, None, tmp_path / "run", group)
+
+    policy, schedule = reference(small_model()), Schedule(part, len(items))
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+    for step, logged in enumerate(metrics(tmp_path / "run")):
+        batch = [items[i] for i in schedule.batch(step)]
+        logps = torch.stack([naive_logps(policy, item)[0] for item in batch])
+        total = -logps.sum() / sum(len(item.responses[0]) for item in batch)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), part.max_grad_norm)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = schedule.lr(step)
+        optimizer.step()
+        assert logged["loss"] == pytest.approx(total.item(), rel=1e-4)
+        assert "margin" not in logged
+    assert_same_weights(model, policy, 1e-4)
+
+
+def test_scores_are_transformers_sums(tmp_path, group):
+    items = pairs(9)
+    save_model(small_model(tie_word_embeddings=True), tmp_path / "m", torch.float32)
+    ours = score(sharded_model(tmp_path / "m", group, torch.float32), items, 50, 3, group)
+    other = reference(small_model(tie_word_embeddings=True))
+    theirs = torch.tensor([[logp.item() for logp in naive_logps(other, item)] for item in items])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_real_and_generated_give_exactly_no_gradient(tmp_path, group):
+    items = [Item(item.prompt, (item.responses[0],) * 2) for item in pairs(4)]
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    model = sharded_model(tmp_path / "m", group, torch.float32)
+    part = Train(**PART)
+    opponent = score(model, items, part.token_budget, part.logit_chunk, group)
+    train(part, model, items, opponent, tmp_path / "run", group)
+    assert all(step["loss"] == pytest.approx(math.log(2), abs=1e-6) for step in metrics(tmp_path / "run"))
+    assert all(step["grad_norm"] < 1e-5 for step in metrics(tmp_path / "run"))
+
+
+def test_a_first_loss_that_is_not_log_2_stops_the_run(tmp_path, group):
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    model = sharded_model(tmp_path / "m", group, torch.float32)
+    with pytest.raises(RuntimeError, match="step 1: the loss is .*not 0.6931"):
+        train(Train(**PART), model, pairs(4), torch.zeros(4, 2), tmp_path / "run", group)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, group):
+    broken = small_model()
+    with torch.no_grad():
+        broken.model["norm"].weight[3] = float("nan")
+    save_model(broken, tmp_path / "m", torch.float32)
+    model = sharded_model(tmp_path / "m", group, torch.float32)
+    before = model.model["embed_tokens"].weight.full_tensor().clone()
+    with pytest.raises(RuntimeError, match="step 1: loss nan.*not finite.*Examples of this step"):
+        train(SFT(**{k: v for k, v in PART.items() if k != "beta"}), model, pairs(4, 1), None, tmp_path / "r", group)
+    assert torch.equal(model.model["embed_tokens"].weight.full_tensor(), before)
+
+
+@pytest.mark.parametrize("epochs, schedule_epochs, warmup", [(2, 0, 0.1), (2, 6, 0.1), (1.5, 0, 0.0), (1, 0, 0.5)])
+def test_learning_rates_are_transformers_linear_schedule(epochs, schedule_epochs, warmup):
+    from transformers import get_linear_schedule_with_warmup
+
+    part = Train(epochs=epochs, schedule_epochs=schedule_epochs, warmup=warmup, lr=3e-4, batch_size=64)
+    schedule = Schedule(part, 1000)  # 16 steps an epoch, the last of them of 40
+    assert schedule.stop == math.ceil(epochs * 16)
+    total = (schedule_epochs or epochs) * 16
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    theirs = get_linear_schedule_with_warmup(optimizer, math.ceil(warmup * total), total)
+    for step in range(schedule.stop):
+        assert schedule.lr(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_an_epoch_has_every_example_once_in_a_seeded_order():
+    schedule = Schedule(Train(batch_size=8), 20)
+    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in schedule.batch(step)] for e in range(2)]
+    assert [len(schedule.batch(step)) for step in range(3)] == [8, 8, 4]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
+    assert Schedule(Train(batch_size=8, seed=1), 20).batch(0) != schedule.batch(0)
+
+
+def test_bf16_compute_keeps_fp32_master_weights_that_move(tmp_path, group):
+    # Around 0.02 neighbouring bf16 numbers are 1.2e-4 apart; a step of 1e-6 must not be lost.
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    model = sharded_model(tmp_path / "m", group, torch.bfloat16)
+    part = Train(**PART | dict(dtype="bfloat16", lr=1e-6, warmup=0.0))
+    items = pairs(8)
+    train(part, model, items, score(model, items, 60, 5, group), tmp_path / "run", group)
+    start = dict(small_model().named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if name != "model.embed_tokens.weight":  # only the ids that occur have a gradient
+            moved = parameter.full_tensor() != start[name]
+            assert moved.float().mean() > 0.9, name
