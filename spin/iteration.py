@@ -103,8 +103,8 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     sections = ("model", "data", "generate", "train")
     if (directory / "model").is_dir():
         ranks.from_first(lambda: _same_settings(directory, config, sections))
-        evaluate_model(config, n, ranks)
-        log.info("%s: finished, nothing to do", directory)
+        if not evaluate_model(config, n, ranks):
+            log.info("%s: finished, nothing to do", directory)
         return
 
     counts: Counter = Counter()
@@ -158,11 +158,16 @@ def opponent_logps(config: Config, model, items: list[Item], directory: Path, ra
     return torch.stack([stored["real"], stored["generated"]], dim=1)
 
 
-def evaluate_model(config: Config, n: int, ranks: Ranks) -> None:
-    """Stage evaluate for iteration n, -1 for the base: the held-out file, where the recipe names one."""
+def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
+    """Stage evaluate for iteration n, -1 for the base: the held-out file, where the recipe names one.
+
+    Returns whether there was something to do.
+    """
+    directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
+    missing = ranks.from_first(lambda: not (directory / "evaluation").is_dir())
     if config.evaluate.heldout:
-        directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
         evaluate_heldout(config, config.model_dir(n), directory / "evaluation", ranks)
+    return missing and bool(config.evaluate.heldout)
 
 
 def load_own_examples(config: Config, counts: Counter) -> list[Example]:

@@ -58,13 +58,16 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
         streams=mine,
         slots=settings.slots,
     )
+    # Asked under another template than it trains with, an opponent may begin with a blank that no real response has,
+    # and the policy would learn to see that.
+    strip = str.lstrip if settings.template != config.train.template else str
     bar = ranks.progress(len(prompts), "generate", "prompt", len(done))
     tokens, began = 0, time.perf_counter()
     with open(partial / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8", buffering=1) as file:
         for place, ids in responses:
             row = {
                 "prompt": mine[place],
-                "response": tokenizer.decode_continuation(ids),
+                "response": strip(tokenizer.decode_continuation(ids)),
                 "tokens": len(ids),
                 "ended": ids[-1] == tokenizer.eos_id,
             }

@@ -11,7 +11,7 @@ from spin.loss import initial_loss
 
 # Okabe and Ito's colours, told apart by the colour-blind; line styles and markers tell them apart in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-SHOWN_PROMPTS = 6
+SHOWN_PROMPTS = 10
 METRICS = {
     "exact_match_sampled": "right when sampled",
     "exact_match": "right when greedy",
@@ -83,17 +83,15 @@ def training_table(run: Path) -> str:
 
 
 def answers(run: Path) -> str:
-    """Markdown: the first prompts that models differ on, with what each answers greedily."""
+    """Markdown: the first held-out prompts, with what each model answers when sampled."""
     documents = {}
     for name in evaluations(run):
         with open(models(run)[name] / "evaluation" / "heldout.jsonl", encoding="utf-8") as lines:
             documents[name] = [json.loads(line) for line in lines]
     rows = [["prompt", "right answer", *documents]]
-    for texts in zip(*documents.values()):
-        if len(rows) <= SHOWN_PROMPTS and (len({row["text"] for row in texts}) > 1 or len(documents) == 1):
-            rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
-    note = "Sampled answers, ✓ where right; the first prompts on which the greedy answers differ."
-    return f"{_markdown(rows)}\n\n{note}"
+    for texts in list(zip(*documents.values()))[:SHOWN_PROMPTS]:
+        rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
+    return f"{_markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
 
 
 def plot_accuracy(run: Path) -> Path:
@@ -134,7 +132,7 @@ def plot_training(run: Path) -> Path:
     """training.png: loss, accuracy, margin, rewards and log-ratios over the steps of all iterations."""
     plt = _pyplot()
     panels = (
-        ("loss", {"loss": ("loss", BLUE, "-")}),
+        ("loss, by iteration", {"loss": ("loss", BLUE, "-")}),
         ("accuracy: real told from generated", {"accuracy": ("accuracy", BLUE, "-")}),
         ("margin, nats (before β)", {"margin": ("margin", BLUE, "-")}),
         (
@@ -157,10 +155,11 @@ def plot_training(run: Path) -> Path:
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
                 axes.plot(at, _smooth(values), color=color, linestyle=style, label=None if start else label)
             axes.axvline(start + 0.5, color=GREY, linewidth=0.8, linestyle=":")
-            if title == "loss":
-                axes.annotate(name, (start + 1, 1.0), xycoords=("data", "axes fraction"), fontsize=7, va="bottom")
+            if "loss" in curves:
+                label = name.removeprefix("iteration ")
+                axes.annotate(label, (start + 1, 0.93), xycoords=("data", "axes fraction"), fontsize=9)
             start += len(steps)
-        axes.set_title(title, fontsize=10, pad=14 if title == "loss" else None)
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend(frameon=False)
