@@ -37,6 +37,7 @@ data/mistral/tokenizer.model: .venv/dev
 	cp "$$($(BIN)/python -c 'import mistral_common, pathlib; print(pathlib.Path(mistral_common.__file__).parent)')/data/tokenizer.model.v1" $@
 
 .venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing requirements.txt (PyTorch is large: some minutes)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt

@@ -28,7 +28,7 @@ def main() -> None:
             raise ValueError("--model needs --out DIR, where the results go")
         if arguments.model:
             with ranks() as group:
-                summary = evaluate_heldout(config, arguments.model, arguments.out, group)
+                summary = evaluate_heldout(config, arguments.model, arguments.out.resolve(), group)
                 if group.first:
                     print("\n".join(f"{name} = {value}" for name, value in summary["tasks"]["heldout"].items()))
             return

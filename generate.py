@@ -13,11 +13,13 @@ def main() -> None:
     parser.add_argument("--iter", required=True, help="which iteration's opponent: 0 is the base model")
     with cli.errors_in_words():
         arguments, recipe = cli.parse(parser)
-        (n,) = cli.iterations(arguments.iter)
+        if len(cli.iterations(arguments.iter)) > 1:
+            raise ValueError(f"--iter {arguments.iter}: one at a time; the next opponent does not exist yet")
+        n = cli.iterations(arguments.iter)[0]
         config = recipe.at(n)
         check(recipe, [n])
         with ranks() as group, working_on(config, group):
-            if n == 0 and not config.model.base and not config.base.is_dir():
+            if n == 0 and not config.model.base:
                 run_base(config, group)
             run_iteration(recipe, n, group, last_stage="generate")
 

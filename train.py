@@ -24,7 +24,7 @@ def main() -> None:
         config = recipe.at(0)
         check(recipe, numbers)
         with ranks() as group, working_on(config, group):
-            if arguments.sft or (not config.model.base and not config.base.is_dir()):
+            if arguments.sft or (0 in numbers and not config.model.base):
                 run_base(config, group)
             for n in numbers:
                 run_iteration(recipe, n, group)

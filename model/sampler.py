@@ -2,7 +2,8 @@
 
 N active slots, V vocabulary. A sampled token is a function of (seed, stream, step) and the logits alone: its random
 number comes from a counter-based hash, so the text depends neither on the batch, nor on the order, nor on what an
-interruption left to do.
+interruption left to do (but for what the batch's shape does to the logits' last bits, where a kernel's rounding depends
+on it).
 """
 
 from collections import deque
@@ -45,6 +46,7 @@ def generate_stream(
     streams: Sequence[int] | None = None,
     slots: int = 64,
     prefill_tokens: int = 8192,
+    vocab_limit: int | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Answer every prompt, yielding (index of the prompt, response ids) as soon as each is done.
 
@@ -55,6 +57,7 @@ def generate_stream(
         eos_id: ends a response, of which it is the last id; a response without it was cut
         streams: a number for each prompt that its random draws depend on; its index if absent
         slots: sequences decoded side by side
+        vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
 
     Raises ValueError for an empty prompt or a setting out of range.
@@ -83,7 +86,8 @@ def generate_stream(
         if temperature:
             draws = [(streams[s.index], len(s.response)) for s in sequences]
             uniforms = counter_uniform(seed, *torch.tensor(draws, dtype=torch.int64, device=device).T)
-        for sequence, token in zip(sequences, sample(logits, temperature, top_p, uniforms).tolist()):
+        tokens = sample(logits[:, :vocab_limit], temperature, top_p, uniforms)
+        for sequence, token in zip(sequences, tokens.tolist()):
             sequence.response.append(token)
             sequence.length += 1
 

@@ -16,7 +16,8 @@ class Tokenizer:
     Args:
         path: a tokenizer.model, or a directory that has one
 
-    Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model or has no end of sequence.
+    Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model, has no end of sequence, or
+    does not keep line ends.
     """
 
     def __init__(self, path: str | Path):
@@ -34,6 +35,8 @@ class Tokenizer:
         if self.eos_id < 0:
             raise ValueError(f"{file}: the model has no end-of-sequence token")
         self._newline = self._model.encode("\n")
+        if self._model.decode(self._newline + self.encode_continuation("a")) != "\na":
+            raise ValueError(f"{file}: the model does not keep line ends, which the templates need")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
@@ -48,10 +51,7 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text."""
-        ids = self._model.encode("\n" + text)
-        if ids[: len(self._newline)] != self._newline:
-            raise ValueError(f"{self.file}: a line's end is not a token of its own, so responses can't be told apart")
-        return ids[len(self._newline) :]
+        return self._model.encode("\n" + text)[len(self._newline) :]
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text of ids that follow other text: a blank in front is kept."""

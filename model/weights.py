@@ -172,9 +172,10 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the architecture and every byte of the weights: equal for equal models."""
+    """A SHA-256 over the architecture, every byte of the weights, and the sentencepiece model where there is one."""
     digest = hashlib.sha256(repr(ModelConfig.from_pretrained(path)).encode())
-    for file in Checkpoint(path).files:
+    tokenizer = Path(path) / "tokenizer.model"
+    for file in [*Checkpoint(path).files, *([tokenizer] if tokenizer.is_file() else [])]:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

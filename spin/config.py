@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def _free(default):
-    """A setting that a run may go on with changed: it moves no result."""
+    """A setting that a run may go on with changed: it moves no result, or names a file whose content is recorded."""
     return field(default=default, metadata={"free": True})
 
 
@@ -30,16 +30,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    base: str = ""  # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
+    base: str = _free("")  # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
     save_dtype: str = "bfloat16"  # of exported weights; bfloat16 or float32
 
 
 @dataclass(frozen=True)
 class Data:
-    path: str = ""  # prompts with their responses: .jsonl or .parquet, a directory of them, or a pattern (data/*.parquet)
+    path: str = _free("")  # prompts with their responses: .jsonl or .parquet, a directory of them, or a pattern (data/*.parquet)
     prompt_column: str = ""  # column names, where they are not among the known forms (spin/data.py)
     response_column: str = ""
-    pairs: str = ""  # pairs to train on as they are (`real`/`generated`), instead of generating; a path as above
+    pairs: str = _free("")  # pairs (`real`/`generated`) to train on as they are, instead of generating; a path as above
     num_prompts: int = 0  # a seeded sample of this many for self-play; 0: all. SFT reads all
     seed: int = 0
     empty_system: bool = False  # put an empty system turn before a conversation that has none, as the official code does
@@ -89,8 +89,8 @@ class Train(Optimization):
 
 @dataclass(frozen=True)
 class SFT(Optimization):
-    init: str = ""  # a model directory to start from; empty: random weights of `architecture`
-    tokenizer: str = ""  # tokenizer.model or its directory; empty: that of `init`
+    init: str = _free("")  # a model directory to start from; empty: random weights of `architecture`
+    tokenizer: str = _free("")  # tokenizer.model or its directory; empty: that of `init`
     architecture: dict = field(default_factory=dict)  # config.json's fields, without vocab_size, bos and eos
     optimizer: str = "adamw"
     lr: float = 2e-5
@@ -171,6 +171,9 @@ class Recipe:
             raise ValueError(f"{path}: iterations are written [[iteration]], with two brackets")
         self._common = _flatten(table, str(path))
         self._iterations = [_flatten(t, f"{path}: iteration {i}") for i, t in enumerate(iterations)]
+        for name in (name for values in self._iterations for name in values):
+            if name.split(".")[0] not in ("data", "generate", "train", "evaluate"):
+                raise ValueError(f"{path}: {name} is one for all iterations; move it out of [[iteration]]")
         self._overrides = dict(_parse_override(argument) for argument in overrides)
         for n in range(len(iterations) or 1):
             self.at(n)
@@ -245,7 +248,7 @@ def read_toml(path: Path) -> dict[str, object]:
 def _toml_value(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items()) + "}"
-    return repr(value) if isinstance(value, float) else json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _flatten(table: dict, where: str) -> dict[str, object]:

@@ -4,6 +4,7 @@
 collectives are gloo's.
 """
 
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -45,6 +46,12 @@ class Ranks:
         seconds = 0.2 if sys.stderr.isatty() else 10.0
         return tqdm(total=total, desc=desc, unit=unit, initial=initial, mininterval=seconds, disable=not self.first)
 
+    def release_memory(self) -> None:
+        """Give back the memory of models that are no longer used: FSDP's reference cycles outlive their last name."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -79,7 +86,11 @@ class Ranks:
 
 @contextmanager
 def ranks():
-    """Join the process group that torchrun describes, or a group of one; leave it at the end."""
+    """Join the process group that torchrun describes, or a group of one; leave it at the end.
+
+    After an error it is not left: that waits for the other ranks, which wait in a collective for this one. The process
+    ends with its error instead, and torchrun ends the others.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -90,10 +101,11 @@ def ranks():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
-    finally:
-        dist.destroy_process_group()
+    group = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    yield group
+    group.release_memory()
+    group.barrier()  # no rank leaves while another still works
+    dist.destroy_process_group()
 
 
 def sharded_model(

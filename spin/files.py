@@ -1,6 +1,7 @@
 """Results that appear at once or not at all."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -44,6 +45,11 @@ def commit_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.rename(partial, path)
     _flush(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_json(path: Path):

@@ -17,9 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from model.config import ModelConfig
+from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
 from spin import checkpoint
@@ -27,7 +29,7 @@ from spin.config import Config, Recipe, differences, read_toml, to_toml
 from spin.data import Example, choose, digest, load_examples, load_generated, tokenize
 from spin.distributed import Ranks, sharded_model
 from spin.evaluation.heldout import evaluate_heldout, load_heldout
-from spin.files import commit_bytes, only_process, read_json, to_json, write_whole
+from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
 from spin.opponent import generate_pairs, score
 from spin.packing import Item
 from spin.trainer import train
@@ -37,11 +39,14 @@ log = logging.getLogger("spin")
 
 def check(recipe: Recipe, iterations: list[int]) -> None:
     """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms, vocabularies."""
+    read = set()
     for n in iterations:
         config = recipe.at(n)
-        load_own_examples(config, Counter())
-        if config.evaluate.heldout:
-            load_heldout(config)
+        if (config.data, config.evaluate) not in read:
+            read.add((config.data, config.evaluate))
+            load_own_examples(config, Counter())
+            if config.evaluate.heldout:
+                load_heldout(config, Counter())
         opponent = config.model_dir(n - 1)
         if opponent.is_dir():
             model = ModelConfig.from_pretrained(opponent)
@@ -63,9 +68,14 @@ def run_base(config: Config, ranks: Ranks) -> None:
     source, tokenizer_path, vocabulary = base_source(config)
     counts: Counter = Counter()
     examples = load_examples(config.data.path, config.data, counts)
-    inputs = {"data": digest(examples), "init": fingerprint(source) if isinstance(source, Path) else "random weights"}
-    ranks.from_first(lambda: _same_origin(directory, config, ("model", "data", "sft"), inputs))
-    if (directory / "model").is_dir():
+    inputs = {
+        "data": digest(examples),
+        "init": fingerprint(source) if isinstance(source, Path) else "random weights",
+        "tokenizer": file_digest(vocabulary.file),
+        "lengths": [config.data.max_length, config.data.max_prompt_length],
+    }
+    ranks.from_first(lambda: _same_origin(directory, config, ("model", "sft"), inputs))
+    if ranks.from_first((directory / "model").is_dir):
         log.info("%s: finished, nothing to do", directory)
         return
     part = config.sft
@@ -100,30 +110,33 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     """Run iteration n, or what is missing of it, up to `last_stage` ("generate" or "evaluate")."""
     config = recipe.at(n)
     directory = config.iteration_dir(n)
-    sections = ("model", "data", "generate", "train")
-    if (directory / "model").is_dir():
-        ranks.from_first(lambda: _same_settings(directory, config, sections))
-        if not evaluate_model(config, n, ranks):
-            log.info("%s: finished, nothing to do", directory)
-        return
+    self_play = config.train.objective == "spin"
+    generating = self_play and not config.data.pairs
+    if last_stage == "generate" and not generating:
+        raise ValueError("nothing is generated where data.pairs is given or train.objective is sft")
 
     counts: Counter = Counter()
     source = config.model_dir(n - 1)
     own = load_own_examples(config, counts)
-    replayed = [earlier_pairs(recipe.at(k), k) for k in range(max(0, n - config.train.replay), n)]
+    replayed = [earlier_pairs(config, recipe.at(k), k) for k in range(max(0, n - config.train.replay), n)]
     inputs = ranks.from_first(
         lambda: {"opponent": fingerprint(source), "data": digest(own), "replayed": [digest(old) for old in replayed]}
     )
+    sections = ("model", "data", "train") + ("generate",) * generating
     ranks.from_first(lambda: _same_origin(directory, config, sections, inputs))
-    tokenizer = Tokenizer(source)
-    self_play = config.train.objective == "spin"
+    done = "generated" if last_stage == "generate" else "model"
+    if ranks.from_first((directory / done).is_dir):
+        if last_stage == "generate" or not evaluate_model(config, n, ranks):
+            log.info("%s: finished, nothing to do", directory)
+        return
 
-    if self_play and not config.data.pairs:
-        if not (directory / "generated").is_dir():
+    ranks.release_memory()  # of an iteration before this one
+    tokenizer = Tokenizer(source)
+    if generating:
+        if not ranks.from_first((directory / "generated").is_dir):
             meta = generate_pairs(config, n, own, directory / "generated", ranks)
             log.info("generated: %s", ", ".join(f"{key} {value:g}" for key, value in meta.items()))
-            if ranks.device.type == "cuda":
-                torch.cuda.empty_cache()  # the sampler's replica makes room for the policy
+            ranks.release_memory()  # the sampler's replica makes room for the policy
         own = load_generated(directory / "generated", config.data)
     if last_stage == "generate":
         return
@@ -135,27 +148,34 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     log.info("iteration %d: %d examples, %d of them replayed%s", n, len(items), len(items) - len(own), _summary(counts))
     dtype = getattr(torch, config.train.dtype)
     model = sharded_model(source, ranks, dtype, config.train.activation_checkpointing)
-    logps = opponent_logps(config, model, items, directory, ranks) if self_play else None
+    logps = opponent_logps(config, model, items, digest(examples), directory, ranks) if self_play else None
     train(config.train, model, items, logps, directory, ranks)
     checkpoint.export(model, directory / "model", source, getattr(torch, config.model.save_dtype), ranks)
     log.info("%s: exported", directory / "model")
     del model
+    ranks.release_memory()
     evaluate_model(config, n, ranks)
 
 
-def opponent_logps(config: Config, model, items: list[Item], directory: Path, ranks: Ranks) -> torch.Tensor:
+def opponent_logps(
+    config: Config, model: Mistral, items: list[Item], pairs: str, directory: Path, ranks: Ranks
+) -> torch.Tensor:
     """log p_θt of the real and the generated response of every pair (N, 2), made once and kept.
 
-    `model` still has the opponent's weights: policy and opponent are one until the first step.
+    `model` still has the opponent's weights: policy and opponent are one until the first step. `pairs` is a digest of
+    the texts; what was kept for others is refused.
     """
     file = directory / "opponent_logps.safetensors"
     if not ranks.from_first(file.is_file):
         result = score(model, items, config.train.token_budget, config.train.logit_chunk, ranks)
         if ranks.first:
-            commit_bytes(file, save({"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}))
+            columns = {"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}
+            commit_bytes(file, save(columns, metadata={"pairs": pairs}))
         ranks.barrier()
-    stored = load_file(file)
-    return torch.stack([stored["real"], stored["generated"]], dim=1)
+    with safe_open(file, framework="pt") as stored:
+        if stored.metadata()["pairs"] != pairs:
+            raise ValueError(f"{file}: made for other pairs than those in generated/; {_remedy(directory)}")
+        return torch.stack([stored.get_tensor("real"), stored.get_tensor("generated")], dim=1)
 
 
 def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
@@ -171,16 +191,21 @@ def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
 
 
 def load_own_examples(config: Config, counts: Counter) -> list[Example]:
-    """This iteration's prompts and real responses; with data.pairs, its pairs."""
+    """This iteration's prompts and real responses, num_prompts of them; with data.pairs, all of those."""
     path = config.data.pairs or config.data.path
     if not path:
         raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
     examples = load_examples(path, config.data, counts, need_generated=bool(config.data.pairs))
-    return choose(examples, config.data)
+    return examples if config.data.pairs else choose(examples, config.data)
 
 
-def earlier_pairs(config: Config, n: int) -> list[Example]:
-    """The pairs that an earlier iteration made or was given, for replay."""
+def earlier_pairs(now: Config, config: Config, n: int) -> list[Example]:
+    """The pairs that iteration n, of settings `config`, made or was given, for replay in a later one of settings `now`.
+
+    Given pairs are not replayed where the later iteration was given the same ones.
+    """
+    if config.data.pairs and config.data.pairs == now.data.pairs:
+        return []
     if config.data.pairs or config.train.objective == "sft":
         return load_own_examples(config, Counter())
     directory = config.iteration_dir(n) / "generated"

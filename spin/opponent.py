@@ -57,6 +57,7 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
         eos_id=tokenizer.eos_id,
         streams=mine,
         slots=settings.slots,
+        vocab_limit=tokenizer.vocab_size,
     )
     # Asked under another template than it trains with, an opponent may begin with a blank that no real response has,
     # and the policy would learn to see that.
@@ -82,10 +83,11 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
 
 
 def _assemble(partial: Path, directory: Path, examples: Sequence[Example], counts: Counter) -> dict:
-    """Check that every prompt has exactly one response, and write the shards in the order of the prompts."""
-    rows = sorted(_rows(partial), key=lambda row: row["prompt"])
-    if [row["prompt"] for row in rows] != list(range(len(examples))):
-        raise ValueError(f"{partial}: does not have every prompt exactly once; remove it and generate again")
+    """Check that every prompt has its response, and write the shards in the order of the prompts."""
+    by_prompt = {row["prompt"]: row for row in reversed(_rows(partial))}  # a survivor of a killed job may write twice
+    if sorted(by_prompt) != list(range(len(examples))):
+        raise ValueError(f"{partial}: lacks {len(examples) - len(by_prompt)} prompts; run the same command again")
+    rows = [by_prompt[i] for i in range(len(examples))]
     counts["empty responses"] = sum(not row["response"] for row in rows)
     counts["responses cut at max_new_tokens"] = sum(not row["ended"] for row in rows)
     meta = {"pairs": len(rows), "mean_tokens": sum(row["tokens"] for row in rows) / len(rows), **counts}
@@ -122,7 +124,6 @@ def score(
 
     `model` is sharded like the policy, so that the two compute alike; ranks share the items by cost.
     """
-    model.eval()
     result = torch.zeros(len(items), len(items[0].responses))
     group = 64 * ranks.world_size
     bar = ranks.progress(len(items), "score", "pair")
@@ -140,5 +141,4 @@ def score(
             bar.update(len(part))
     bar.close()
     model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
-    model.train()
     return ranks.sum_tensor(result)

@@ -17,7 +17,7 @@ from model.attention import Segments
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and its responses as ids. Each has at least one token; a response ends with end-of-sequence."""
+    """A prompt and its responses as ids, each of at least one; a response ends with end-of-sequence unless it was cut."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
@@ -37,13 +37,12 @@ class Packed:
     segments: Segments
     at: Tensor  # (R,) rows that predict
     targets: Tensor  # (R,) the ids to predict
-    owner: Tensor  # (R,) which response, 0..C-1
-    responses: int  # C
+    lengths: Tensor  # (C,) how many of the R belong to each response, in turn
 
     def to(self, device) -> "Packed":
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "at", "targets", "owner")}
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "at", "targets", "lengths")}
         segments = Segments(self.segments.q_offsets, self.segments.k_offsets, self.segments.key_index.to(device))
-        return Packed(segments=segments, responses=self.responses, **moved)
+        return Packed(segments=segments, **moved)
 
 
 def pack(items: Sequence[Item]) -> Packed:
@@ -55,7 +54,7 @@ def pack(items: Sequence[Item]) -> Packed:
     if not items:
         empty = torch.zeros(0, dtype=torch.int64)
         return Packed(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), Segments.causal([1]),
-                      empty, empty, empty, 0)  # fmt: skip
+                      empty, empty, empty)  # fmt: skip
     tokens: list[int] = []
     positions: list[int] = []
     q_lengths: list[int] = []
@@ -63,8 +62,7 @@ def pack(items: Sequence[Item]) -> Packed:
     key_index: list[int] = []
     at: list[int] = []
     targets: list[int] = []
-    owner: list[int] = []
-    responses = 0
+    lengths: list[int] = []
     for item in items:
         start, prompt = len(tokens), len(item.prompt)
         tokens += item.prompt
@@ -75,15 +73,14 @@ def pack(items: Sequence[Item]) -> Packed:
             positions += range(prompt, prompt + length)
             at += [start + prompt - 1, *range(first, first + length)]
             targets += response
-            owner += [responses] * len(response)
-            responses += 1
+            lengths.append(len(response))
             q_lengths.append(prompt + length if i == 0 else length)  # the first response shares the prompt's segment
             k_lengths.append(prompt + length)
             key_index += [*range(start, start + prompt), *range(first, first + length)]
     segments = Segments([0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)], torch.tensor(key_index))
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
     return Packed(
-        as_tensor(tokens), as_tensor(positions), segments, as_tensor(at), as_tensor(targets), as_tensor(owner), responses
+        as_tensor(tokens), as_tensor(positions), segments, as_tensor(at), as_tensor(targets), as_tensor(lengths)
     )
 
 

@@ -6,6 +6,7 @@ A run in <run>/control (the same recipe with --train.objective=sft) stands besid
 import json
 from pathlib import Path
 
+from spin.config import Config, flat, read_toml
 from spin.files import read_json, write_whole
 from spin.loss import initial_loss
 
@@ -78,7 +79,9 @@ def training_table(run: Path) -> str:
         keys = ("loss", "accuracy", "margin", "reward_real", "reward_generated")
         means = [f"{sum(step[key] for step in last) / len(last):.3f}" for key in keys]
         rows.append([name.removeprefix("iteration "), str(len(steps)), f"{steps[0]['loss']:.4f}", *means])
-    note = f"Means over the last tenth of the steps. The logistic loss starts at log 2 = {initial_loss('logistic'):.4f}."
+    note = "Means over the last tenth of the steps."
+    if _setting(run, "train.loss") == "logistic":
+        note += f" The logistic loss starts at log 2 = {initial_loss('logistic'):.4f}."
     return f"{_markdown(rows)}\n\n{note}"
 
 
@@ -98,28 +101,28 @@ def plot_accuracy(run: Path) -> Path:
     """accuracy.png: right answers by iteration, sampled and greedy, with the control."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    lines = (("", run, "-"), ("continued SFT, ", run / "control", "--"))
-    for prefix, directory, style in lines:
-        found = evaluations(directory)
-        if prefix and found and "base" in evaluations(run):
+    names = list(models(run))
+    own = "SPIN, " if _setting(run, "train.objective") == "spin" else "continued SFT, "
+    for prefix, directory, style in ((own, run, "-"), ("continued SFT, ", run / "control", "--")):
+        found = {name: values for name, values in evaluations(directory).items() if name in names}
+        if directory != run and found and "base" in evaluations(run):
             found = {"base": evaluations(run)["base"]} | found
         for key, what, color, marker in (
             ("exact_match_sampled", "sampled", BLUE, "o"),
             ("exact_match", "greedy", ORANGE, "s"),
         ):
-            if found and not (prefix and len(found) < 2):
+            if found:
                 axes.errorbar(
-                    range(len(found)),
+                    [names.index(name) for name in found],
                     [values[key] for values in found.values()],
                     yerr=[values[f"{key}_stderr"] for values in found.values()],
-                    label=f"{prefix or 'SPIN, '}{what}",
+                    label=prefix + what,
                     color=color,
                     linestyle=style,
                     marker=marker,
-                    markerfacecolor="white" if prefix else color,
+                    markerfacecolor=color if style == "-" else "white",
                     capsize=3,
                 )
-    names = list(evaluations(run))
     axes.set_xticks(range(len(names)), [name.replace("base", "SFT model") for name in names])
     axes.set_ylabel("share of right answers")
     axes.set_title("Held-out accuracy by iteration (bars: one standard error)")
@@ -163,10 +166,16 @@ def plot_training(run: Path) -> Path:
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend(frameon=False)
-    grid[0, 0].axhline(initial_loss("logistic"), color=GREY, linewidth=0.8)
+    grid[0, 0].axhline(initial_loss(_setting(run, "train.loss")), color=GREY, linewidth=0.8)
     for axes in grid[1]:
         axes.set_xlabel("step, over all iterations")
     return _save(plt, figure, run / "training.png")
+
+
+def _setting(run: Path, name: str):
+    """A setting of the run's first iteration that was recorded, or its default."""
+    files = sorted(run.glob("iter*/config.toml"))
+    return (read_toml(files[0]) if files else flat(Config()))[name]
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

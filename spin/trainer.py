@@ -13,13 +13,14 @@ from model.mistral import Mistral
 from spin import checkpoint
 from spin.config import Optimization, Train
 from spin.distributed import Ranks
-from spin.files import cut_unfinished_line
+from spin.files import write_whole
 from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
 from spin.packing import Item, cost, micro_batches, pack
 
-# How far from ℓ(0) the first step's loss may lie: rounding of summed log-probabilities, times beta, stays below.
-FIRST_LOSS_TOLERANCE = 0.05
+# At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
+# other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
+FIRST_STEP_TOLERANCE = 0.02  # mean |log p_θ − log p_θt|, nats a token
 
 
 class Schedule:
@@ -28,9 +29,9 @@ class Schedule:
     def __init__(self, part: Optimization, examples: int):
         self.part, self.examples = part, examples
         self.steps_per_epoch = math.ceil(examples / part.batch_size)  # the last step of an epoch may be smaller
-        self.stop = math.ceil(part.epochs * self.steps_per_epoch)
-        self.total = math.ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
-        self.warmup = math.ceil(part.warmup * self.total)
+        self.stop = _ceil(part.epochs * self.steps_per_epoch)
+        self.total = _ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
+        self.warmup = _ceil(part.warmup * self.total)
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0, 1, …: linear warm-up from 0, then linear decay to 0, as transformers has it."""
@@ -44,6 +45,10 @@ class Schedule:
         generator = torch.Generator().manual_seed(self.part.seed * 1_000_003 + epoch)
         order = torch.randperm(self.examples, generator=generator)
         return order[place * self.part.batch_size :][: self.part.batch_size].tolist()
+
+
+def _ceil(steps: float) -> int:
+    return math.ceil(steps - 1e-9)  # 1.1 · 50 is a little more than 55 in floating point
 
 
 def train(
@@ -61,8 +66,9 @@ def train(
         opponent: (len(items), 2) log p_θt of the real and the generated response, fp32
         directory: where checkpoints/ and metrics.jsonl are
 
-    Leaves a checkpoint of the last step. Raises RuntimeError, before the optimizer's step, for a gradient that is not
-    finite, and for a first loss that is not ℓ(0).
+    Leaves a checkpoint of the last step. A run that was stopped goes on to the numbers that it would have had, if ranks
+    and token budget are the same; with others, up to rounding. Raises RuntimeError, before the optimizer's step, for a
+    gradient that is not finite, and for a first step at which policy and opponent are not one model.
     """
     schedule = Schedule(part, len(items))
     optimizer = make_optimizer(part, model)
@@ -82,7 +88,7 @@ def train(
             [lengths[i] for i in batch], [costs[i] for i in batch], ranks.world_size, part.token_budget
         )
         response_tokens = sum(len(response) for i in batch for response in items[i].responses)
-        sums = torch.zeros(7, dtype=torch.float64)
+        sums = torch.zeros(8, dtype=torch.float64)
         for places in plan[ranks.rank]:
             chosen = [batch[place] for place in places]
             packed = pack([items[i] for i in chosen]).to(ranks.device)
@@ -101,10 +107,12 @@ def train(
                 f"step {step + 1}: loss {sums[0]}, gradient norm {norm}: not finite, so no step is taken. Examples of "
                 f"this step: {batch}. A lower lr or beta may help; the last checkpoint is intact"
             )
-        if step == 0 and opponent is not None and abs(sums[0] - initial_loss(part.loss)) > FIRST_LOSS_TOLERANCE:
+        drift = sums[7] * len(batch) / response_tokens
+        if step == 0 and drift > FIRST_STEP_TOLERANCE:
             raise RuntimeError(
-                f"step 1: the loss is {sums[0]:.4f}, not {initial_loss(part.loss):.4f} as it must be while policy and "
-                "opponent are one model; were opponent_logps made from other weights, pairs or a coarser dtype?"
+                f"step 1: policy and opponent differ by {drift:.4f} nats a token and the loss is {sums[0]:.4f}, not "
+                f"{initial_loss(part.loss):.4f}, while they must be one model; were opponent_logps made from other "
+                "weights, pairs or settings?"
             )
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(step)
@@ -116,7 +124,7 @@ def train(
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch, "loss": sums[0]}
             if opponent is not None:
                 names = ("accuracy", "margin", "reward_real", "reward_generated", "logps_real", "logps_generated")
-                metrics |= dict(zip(names, sums[1:]))
+                metrics |= dict(zip(names, sums[1:7], strict=True))
             seconds = time.perf_counter() - began
             speed = sum(lengths[i] for i in batch) / seconds
             metrics |= {"grad_norm": norm, "lr": schedule.lr(step), "tokens_per_second": speed}
@@ -148,6 +156,7 @@ def spin_step(part: Train, logps: Tensor, opponent: Tensor, pairs: int) -> tuple
             part.beta * (generated - opponent_generated),
             real,
             generated,
+            (real - opponent_real).abs() + (generated - opponent_generated).abs(),
         )
         return loss, [loss, *(metric.sum() / pairs for metric in metrics)]
 
@@ -170,11 +179,9 @@ class Log:
     """metrics.jsonl: one object a step. Steps after `start`, which a killed run had logged, are taken off."""
 
     def __init__(self, path: Path, start: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        cut_unfinished_line(path)
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        whole = (line for line in lines if line.endswith("\n"))
+        write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= start))
         self._file = open(path, "a", buffering=1)
 
     def write(self, metrics: dict) -> None:

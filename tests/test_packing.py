@@ -14,8 +14,7 @@ def test_the_layout_of_two_pairs_written_out():
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
     assert packed.at.tolist() == [2, 3, 4, 2, 5, 6, 6, 7, 8]
     assert packed.targets.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 2]
-    assert packed.owner.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3]
-    assert packed.responses == 4
+    assert packed.lengths.tolist() == [3, 2, 1, 3]
     assert packed.segments.q_offsets == [0, 5, 6, 7, 9]
     assert packed.segments.k_offsets == [0, 5, 9, 10, 13]
     assert packed.segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 6, 7, 8]

@@ -82,11 +82,12 @@ def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
     run, _ = finished
     before = {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()}
     output = run_script("train.py", *recipe(run), "--iter", "0-1")
-    assert output.count("finished, nothing to do") == 2
+    for part in ("base", "iter0", "iter1"):
+        assert f"{part}: finished, nothing to do" in output
     assert {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--data.seed=3"])
+@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--sft.lr=3e-4"])
 def test_a_changed_setting_that_matters_is_refused_by_name(finished, recipe, override):
     run, _ = finished
     output = run_script("train.py", *recipe(run, override), "--iter", "0", fails=True)
@@ -107,6 +108,17 @@ def test_another_opponent_is_refused(finished, recipe, tmp_path):
     subprocess.run(["cp", "-r", copy / "base/model", copy / "iter0/model"], check=True)
     output = run_script("train.py", *recipe(copy), "--iter", "1", fails=True)
     assert "iter1: begun with another opponent" in output
+
+
+def test_other_data_under_the_same_name_is_refused_also_when_finished(finished, recipe, tmp_path):
+    run, _ = finished
+    subprocess.run(["cp", "-r", run, tmp_path / "copy"], check=True)
+    rows = [json.loads(line) for line in open(ROOT / "miniature/seed0/sft.jsonl")]
+    same = write_jsonl(tmp_path / "same.jsonl", rows)
+    arguments = [*recipe(tmp_path / "copy", f"--data.path={same}"), "--iter", "0"]
+    assert "iter0: finished" in run_script("train.py", *arguments)
+    write_jsonl(same, [row | {"response": "x"} for row in rows])
+    assert "begun with another data" in run_script("train.py", *arguments, fails=True)
 
 
 def test_iteration_1_replays_the_pairs_of_iteration_0(finished, recipe):

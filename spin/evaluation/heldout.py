@@ -9,19 +9,20 @@ from pathlib import Path
 
 import torch
 
+from model.mistral import Mistral
 from model.sampler import generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import fingerprint, load_model
 from spin.config import Config
-from spin.data import Example, encode_prompts, load_examples, tokenize
+from spin.data import Example, digest, encode_prompts, load_examples, tokenize
 from spin.distributed import Ranks
 from spin.files import read_json, to_json, whole_directory
 from spin.logps import response_logps
 from spin.packing import cost, micro_batches, pack
 
 
-def load_heldout(config: Config) -> list[Example]:
-    """The documents. Raises ValueError or OSError for a file that can't be read, or a pattern without one group."""
+def load_heldout(config: Config, counts: Counter) -> list[Example]:
+    """The documents; dropped ones are counted. Raises ValueError or OSError for a file that can't be read, or a pattern without one group."""
     pattern = config.evaluate.answer_pattern
     try:
         groups = re.compile(pattern).groups
@@ -29,7 +30,7 @@ def load_heldout(config: Config) -> list[Example]:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
     if pattern and groups != 1:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
-    examples = load_examples(config.evaluate.heldout, config.data, Counter())
+    examples = load_examples(config.evaluate.heldout, config.data, counts)
     return examples[: config.evaluate.limit or None]
 
 
@@ -40,12 +41,15 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
     exact_match_sampled, logp (of the right answer, nats). summary.json has means and standard errors. A finished
     evaluation of the same model under the same settings is kept; of another one, refused. Returns the summary.
     """
-    settings = config.evaluate
+    settings, counts = config.evaluate, Counter()
+    examples = load_heldout(config, counts)
+    keys = ("limit", "answer_pattern", "max_new_tokens", "temperature", "seed", "dtype")
     origin = {
         "model": ranks.from_first(lambda: fingerprint(model_dir)),
+        "documents": digest(examples),
         "template": config.train.template,
-        **{key: getattr(settings, key) for key in ("heldout", "limit", "answer_pattern", "max_new_tokens")},
-        **{key: getattr(settings, key) for key in ("temperature", "seed", "dtype")},
+        "lengths": [config.data.max_length, config.data.max_prompt_length],
+        **{key: getattr(settings, key) for key in keys},
     }
     summary_file = directory / "summary.json"
     if ranks.from_first(summary_file.is_file):
@@ -54,13 +58,14 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
         if changed:
             raise ValueError(f"{directory}: made with another {', '.join(changed)}; remove it to evaluate again")
         return summary
+    if ranks.from_first(directory.exists):
+        raise ValueError(f"{directory}: exists and is no evaluation; choose another directory, or remove it")
 
-    examples = load_heldout(config)
     tokenizer = Tokenizer(model_dir)
     mine = range(len(examples))[ranks.rank :: ranks.world_size]
     model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device)
-    prompts = encode_prompts([examples[i] for i in mine], tokenizer, config.train.template, config.data, Counter())
-    bar = ranks.progress(2 * len(mine), f"evaluate {model_dir.parent.name}", "answer")
+    prompts = encode_prompts([examples[i] for i in mine], tokenizer, config.train.template, config.data, counts)
+    bar = ranks.progress(2 * len(mine), f"evaluate {directory.parent.name}", "answer")
 
     def answers(temperature: float) -> list[str]:
         texts = [""] * len(mine)
@@ -73,6 +78,7 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
             eos_id=tokenizer.eos_id,
             streams=mine,
             slots=settings.slots,
+            vocab_limit=tokenizer.vocab_size,
         )
         for place, ids in stream:
             texts[place] = tokenizer.decode_continuation(ids)
@@ -81,7 +87,7 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
 
     greedy, sampled = answers(0.0), answers(settings.temperature)
     bar.close()
-    logps = answer_logps(config, model, tokenizer, [examples[i] for i in mine])
+    logps = answer_logps(config, model, tokenizer, [examples[i] for i in mine], counts)
     rows = []
     for place, i in enumerate(mine):
         target = extract(examples[i].real, settings.answer_pattern)
@@ -103,7 +109,8 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
     metrics: dict[str, float] = {}
     for name in ("exact_match", "exact_match_sampled", "logp"):
         metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
-    task = {**metrics, "documents": len(rows), "few_shot": 0, "harness": "own"}
+    cut = {what: int(ranks.sum([counts[what]])[0]) for what in ("prompts cut at the left", "responses cut")}
+    task = {**metrics, "documents": len(rows), "few_shot": 0, "harness": "own", **cut}
     summary = {"origin": origin, "tasks": {"heldout": task}}
     if ranks.first:
         with whole_directory(directory) as partial:
@@ -115,9 +122,11 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
 
 
 @torch.inference_mode()
-def answer_logps(config: Config, model, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[float]:
+def answer_logps(
+    config: Config, model: Mistral, tokenizer: Tokenizer, examples: Sequence[Example], counts: Counter
+) -> list[float]:
     """log p(right answer | prompt) of each example, in nats, on one replica."""
-    items = tokenize(examples, tokenizer, config.train.template, config.data, Counter())
+    items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
     lengths = [item.packed_length for item in items]
     (plan,) = micro_batches(lengths, [cost(item) for item in items], 1, config.train.token_budget)
     logps = torch.zeros(len(items))
