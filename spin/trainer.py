@@ -133,8 +133,6 @@ def train(
             bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
         bar.update()
         if done % part.checkpoint_every == 0 or done == schedule.stop:
-            if log:
-                log.flush()
             checkpoint.save(saved, done, model, optimizer, ranks)
     bar.close()
 
@@ -182,10 +180,7 @@ class Log:
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         whole = (line for line in lines if line.endswith("\n"))
         write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= start))
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1)  # a line is written as a whole
 
     def write(self, metrics: dict) -> None:
         self._file.write(json.dumps(metrics) + "\n")
-
-    def flush(self) -> None:
-        self._file.flush()

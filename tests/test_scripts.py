@@ -38,7 +38,7 @@ def test_an_iteration_leaves_every_stages_result(finished):
             assert (run / f"iter{n}" / file).is_file(), file
         assert not list(run.rglob("*.partial"))
     assert (run / "report.md").is_file() and (run / "training.png").is_file()
-    assert len(metrics(run / "iter0")) == 12 and len(metrics(run / "iter1")) == 24  # 48 pairs, then 96, by 8, twice
+    assert len(metrics(run / "iter0")) == 14 and len(metrics(run / "iter1")) == 26  # 49 pairs, then 98, by 8, twice
 
 
 def test_the_first_loss_of_each_iteration_is_log_2(finished):
@@ -55,7 +55,7 @@ def test_the_first_loss_of_each_iteration_is_log_2(finished):
 def test_pairs_are_in_the_released_form_one_for_each_prompt(finished):
     run, _ = finished
     lines = [json.loads(line) for line in open(run / "iter0/generated/part-00000-of-00001.jsonl")]
-    assert len(lines) == 48 and len({line["real"][0]["content"] for line in lines}) == 48
+    assert len(lines) == 49 and len({line["real"][0]["content"] for line in lines}) == 49
     for line in lines:
         assert [message["role"] for message in line["real"]] == ["user", "assistant"]
         assert line["generated"][0] == line["real"][0]
@@ -123,8 +123,8 @@ def test_other_data_under_the_same_name_is_refused_also_when_finished(finished, 
 
 def test_iteration_1_replays_the_pairs_of_iteration_0(finished, recipe):
     _, output = finished
-    assert "iteration 0: 48 examples, 0 of them replayed" in output
-    assert "iteration 1: 96 examples, 48 of them replayed" in output
+    assert "iteration 0: 49 examples, 0 of them replayed" in output
+    assert "iteration 1: 98 examples, 49 of them replayed" in output
 
 
 def test_evaluate_gives_every_model_a_row_and_documents_in_order(finished, recipe):
@@ -249,7 +249,7 @@ def test_pairs_in_the_released_form_train_without_generating(finished, recipe, t
     pairs = run / "iter0/generated/part-00000-of-00001.jsonl"
     arguments = recipe(tmp_path / "run", f"--data.pairs={pairs}", "--data.num_prompts=0", f"--model.base={run}/base/model")
     output = run_script("train.py", *arguments, "--iter", "0")
-    assert "iteration 0: 48 examples" in output and not (tmp_path / "run/iter0/generated").exists()
+    assert "iteration 0: 49 examples" in output and not (tmp_path / "run/iter0/generated").exists()
     assert metrics(tmp_path / "run/iter0")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
