@@ -160,7 +160,7 @@ def plot_training(run: Path) -> Path:
             axes.axvline(start + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             if "loss" in curves:
                 label = name.removeprefix("iteration ")
-                axes.annotate(label, (start + 1, 0.93), xycoords=("data", "axes fraction"), fontsize=9)
+                axes.annotate(label, (start + 1, 0.03), xycoords=("data", "axes fraction"), fontsize=9)
             start += len(steps)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
