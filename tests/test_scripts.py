@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,21 +166,46 @@ def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
 
 
 def kill_when(arguments, ready, ranks=1):
-    """Start train.py, kill it and its children with SIGKILL once `ready()`; asserts that it was still at work."""
+    """Start train.py, kill it and its ranks with SIGKILL once `ready()`; asserts that it was still at work."""
     process = subprocess.Popen(
         command("train.py", *arguments, ranks=ranks),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = [process.pid, *children(process.pid)]  # torchrun's ranks have sessions of their own and would live on
+    for pid in family:
+        if alive(pid):  # a rank may have seen torchrun die
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    while any(alive(pid) for pid in family):
+        time.sleep(0.01)
+
+
+def state_and_parent(pid):
+    """("S", 17), or None for a process that has gone."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return state, int(parent)
+
+
+def children(pid):
+    """Processes that `pid` started, theirs included."""
+    every = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    own = [other for other in every if (found := state_and_parent(other)) and found[1] == pid]
+    return own + [grandchild for child in own for grandchild in children(child)]
+
+
+def alive(pid):
+    found = state_and_parent(pid)
+    return found is not None and found[0] not in "ZX"
 
 
 def count_lines(*files):
