@@ -7,27 +7,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/torchrun --standalone
+# The miniature's steps are too small to be shared by threads.
+TINY := OMP_NUM_THREADS=1 $(RUN)
 
 .PHONY: demo test miniature gsm8k base clean
 
 demo: .venv/runtime
-	$(RUN) train.py --iter 0-3
+	$(TINY) train.py --iter 0-3
 	@echo "The control: continued SFT on the same data, for the same steps"
-	$(RUN) train.py --iter 0-3 --run.dir=runs/tiny/control --model.base=runs/tiny/base/model --train.objective=sft
-	$(RUN) evaluate.py --iter base,0-3
+	$(TINY) train.py --iter 0-3 --run.dir=runs/tiny/control --model.base=runs/tiny/base/model --train.objective=sft
+	$(TINY) evaluate.py --iter base,0-3
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests
 
 miniature: .venv/runtime
-	$(BIN)/python -m miniature.repeat --seeds 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m miniature.repeat --seeds 5
 
 gsm8k: .venv/dev data/mistral/tokenizer.model
 	$(RUN) train.py --config configs/gsm8k.toml --iter 0
 
 base: .venv/runtime
 	$(BIN)/python -m miniature.world --seed 0 --out runs/tiny-base/world
-	$(RUN) train.py --sft --config configs/tiny-base.toml
+	$(TINY) train.py --sft --config configs/tiny-base.toml
 	mkdir -p miniature/seed0/base
 	cp runs/tiny-base/world/sft.jsonl runs/tiny-base/world/heldout.jsonl miniature/seed0
 	cp runs/tiny-base/base/model/* miniature/seed0/base
@@ -38,14 +40,14 @@ data/mistral/tokenizer.model: .venv/dev
 
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing requirements.txt (PyTorch is large: some minutes)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	touch $@
+	@touch $@
 
 .venv/dev: .venv/runtime requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf .venv runs

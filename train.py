@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spin import cli
 from spin.distributed import ranks
-from spin.iteration import check, run_base, run_iteration, working_on
+from spin.iteration import check, evaluate_model, run_base, run_iteration, working_on
 from spin.report import write_report
 
 
@@ -26,6 +26,8 @@ def main() -> None:
         with ranks() as group, working_on(config, group):
             if arguments.sft or (0 in numbers and not config.model.base):
                 run_base(config, group)
+            if 0 in numbers:
+                evaluate_model(config, -1, group)  # what the iterations are compared with
             for n in numbers:
                 run_iteration(recipe, n, group)
                 if group.first:

@@ -45,6 +45,8 @@ def errors_in_words():
     logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr)
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
     except (ValueError, OSError) as error:
         name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         raise SystemExit(f"error{name}: {error}") from None

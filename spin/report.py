@@ -61,13 +61,13 @@ def metrics(run: Path) -> dict[str, list[dict]]:
 
 
 def table(run: Path) -> str:
-    """Markdown: a row for each model, the control's after them."""
+    """Markdown: a row for each model, the control's after them. The base is the SFT model that SPIN starts from."""
     rows = [["model", *METRICS.values()]]
     for prefix, directory in (("", run), ("control, SFT: ", run / "control")):
         for name, values in evaluations(directory).items():
             if not (prefix and name == "base"):
                 cells = [_with_error(values[key], values[f"{key}_stderr"]) for key in METRICS]
-                rows.append([prefix + name, *cells])
+                rows.append([prefix + _shown(name), *cells])
     return _markdown(rows)
 
 
@@ -91,7 +91,7 @@ def answers(run: Path) -> str:
     for name in evaluations(run):
         with open(models(run)[name] / "evaluation" / "heldout.jsonl", encoding="utf-8") as lines:
             documents[name] = [json.loads(line) for line in lines]
-    rows = [["prompt", "right answer", *documents]]
+    rows = [["prompt", "right answer", *map(_shown, documents)]]
     for texts in list(zip(*documents.values()))[:SHOWN_PROMPTS]:
         rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
     return f"{_markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
@@ -123,7 +123,7 @@ def plot_accuracy(run: Path) -> Path:
                     markerfacecolor=color if style == "-" else "white",
                     capsize=3,
                 )
-    axes.set_xticks(range(len(names)), [name.replace("base", "SFT model") for name in names])
+    axes.set_xticks(range(len(names)), [_shown(name) for name in names])
     axes.set_ylabel("share of right answers")
     axes.set_title("Held-out accuracy by iteration (bars: one standard error)")
     axes.grid(axis="y", alpha=0.3)
@@ -183,6 +183,10 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
     half = max(1, int(len(values) * share / 2))
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
+
+
+def _shown(name: str) -> str:
+    return "SFT model" if name == "base" else name
 
 
 def _with_error(value: float, error: float) -> str:

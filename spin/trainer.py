@@ -31,7 +31,7 @@ class Schedule:
         self.steps_per_epoch = math.ceil(examples / part.batch_size)  # the last step of an epoch may be smaller
         self.stop = _ceil(part.epochs * self.steps_per_epoch)
         self.total = _ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
-        self.warmup = _ceil(part.warmup * self.total)
+        self.warmup = min(_ceil(part.warmup * self.total), self.total - 1)  # a run of one step takes it
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0, 1, …: linear warm-up from 0, then linear decay to 0, as transformers has it."""

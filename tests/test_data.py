@@ -155,7 +155,7 @@ def test_the_opponents_own_empty_response_is_a_pair_like_any_other(tmp_path, let
     assert item.responses[1] == [letters.eos_id]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GSM8K in ../shared/data, which is not part of the project")
 def test_released_pairs_and_gsm8k_questions_load():
     pairs = load(SHARED / "gsm8k" / "pairs.jsonl", need_generated=True)
     assert len(pairs) == 800 and all(pair.generated for pair in pairs)

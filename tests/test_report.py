@@ -32,7 +32,7 @@ def test_a_finished_run_beside_its_control(tmp_path):
         evaluation(tmp_path / f"iter{n}", 0.6, 0.3)
         evaluation(tmp_path / "control" / f"iter{n}", 0.55, 0.2)
     text = write_report(tmp_path).read_text()
-    assert "| base | 0.250 ± 0.010 | 0.500 ± 0.010 |" in text
+    assert "| SFT model | 0.250 ± 0.010 | 0.500 ± 0.010 |" in text
     assert "| iteration 1 | 0.300 ± 0.010 | 0.600 ± 0.010 |" in text
     assert "| control, SFT: iteration 1 | 0.200 ± 0.010 | 0.550 ± 0.010 |" in text
     assert "| 1 | 30 | 0.5000 | 0.500 |" in text

@@ -131,7 +131,7 @@ def test_iteration_1_replays_the_pairs_of_iteration_0(finished, recipe):
 def test_evaluate_gives_every_model_a_row_and_documents_in_order(finished, recipe):
     run, _ = finished
     output = run_script("evaluate.py", *recipe(run), "--iter", "base,0-1")
-    for name in ("base", "iteration 0", "iteration 1"):
+    for name in ("SFT model", "iteration 0", "iteration 1"):
         assert f"| {name} | 0." in output
     rows = [json.loads(line) for line in open(run / "iter1/evaluation/heldout.jsonl")]
     assert [row["doc"] for row in rows] == list(range(40))

@@ -170,6 +170,11 @@ def test_learning_rates_are_transformers_linear_schedule(epochs, schedule_epochs
         theirs.step()
 
 
+def test_a_run_of_one_step_takes_it_at_the_full_rate():
+    schedule = Schedule(SFT(epochs=1, batch_size=64, lr=1e-4), 20)
+    assert schedule.stop == 1 and schedule.lr(0) == 1e-4
+
+
 def test_an_epoch_has_every_example_once_in_a_seeded_order():
     schedule = Schedule(Train(batch_size=8), 20)
     epochs = [[i for step in range(3 * e, 3 * e + 3) for i in schedule.batch(step)] for e in range(2)]
