@@ -15,7 +15,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.tokenizer import Message, Tokenizer
@@ -99,6 +99,11 @@ def parse_row(row: dict, data: Data, where: str, need_generated: bool = False) -
     if data.empty_system and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": ""}, *prompt)
     return Example(prompt, real, generated, where)
+
+
+def real_only(examples: Iterable[Example]) -> list[Example]:
+    """The examples without an opponent's responses, for SFT and for scoring right answers."""
+    return [replace(example, generated=None) for example in examples]
 
 
 def _blank(example: Example) -> str | None:

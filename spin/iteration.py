@@ -13,7 +13,6 @@ A stage's result appears at once or not at all, and a stage whose result is ther
 
 import logging
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
 from spin import checkpoint
 from spin.config import Config, Recipe, differences, read_toml, to_toml
-from spin.data import Example, choose, digest, load_examples, load_generated, tokenize
+from spin.data import Example, choose, digest, load_examples, load_generated, real_only, tokenize
 from spin.distributed import Ranks, sharded_model
 from spin.evaluation.heldout import evaluate_heldout, load_heldout
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
@@ -67,7 +66,7 @@ def run_base(config: Config, ranks: Ranks) -> None:
         raise ValueError(f"model.base = {config.model.base!r} is given, so there is no base model to train here")
     source, tokenizer_path, vocabulary = base_source(config)
     counts: Counter = Counter()
-    examples = load_examples(config.data.path, config.data, counts)
+    examples = real_only(load_examples(config.data.path, config.data, counts))
     inputs = {
         "data": digest(examples),
         "init": fingerprint(source) if isinstance(source, Path) else "random weights",
@@ -143,7 +142,7 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
 
     examples = [example for old in replayed for example in old] + own
     if not self_play:
-        examples = [replace(example, generated=None) for example in examples]
+        examples = real_only(examples)
     items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
     log.info("iteration %d: %d examples, %d of them replayed%s", n, len(items), len(items) - len(own), _summary(counts))
     dtype = getattr(torch, config.train.dtype)

@@ -1,7 +1,5 @@
 """Settings: what wins, what is refused and how, and the paper's values."""
 
-import tomllib
-
 import pytest
 from conftest import ROOT
 
@@ -91,7 +89,7 @@ def test_the_papers_recipe_has_the_papers_values():
     for n, (lr, beta, replay) in enumerate([(5e-7, 0.1, 0), (5e-7, 0.1, 1), (1e-7, 0.1, 1), (1e-7, 5.0, 1)]):
         config = recipe.at(n)
         assert (config.train.lr, config.train.beta, config.train.replay) == (lr, beta, replay)
-        assert config.data.num_prompts == 50_000
+        assert config.data.num_prompts == 50_000 and config.model.base
         assert (config.train.batch_size, config.train.optimizer, config.train.loss) == (64, "rmsprop", "logistic")
         assert (config.train.epochs, config.train.warmup, config.train.max_grad_norm) == (2, 0.1, 1.0)
         assert config.train.dtype == config.generate.dtype == "bfloat16"
@@ -111,6 +109,5 @@ def test_the_miniatures_recipe_has_the_values_of_its_documentation():
         assert (config.generate.temperature, config.generate.max_new_tokens) == (1.0, 16)
 
 
-def test_the_dev_and_run_time_requirements_pin_torch_exactly():
+def test_the_requirements_pin_torch_exactly():
     assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text().split()
-    assert tomllib.loads(PAPER.read_text())["model"]["base"]

@@ -57,6 +57,14 @@ def test_a_response_ends_with_end_of_sequence_or_at_the_limit():
         enumerate(generate(model, PROMPTS, max_new_tokens=3))}  # fmt: skip
 
 
+def test_ids_beyond_the_tokenizers_are_never_chosen():
+    for temperature in (0.0, 1.0):
+        settings = dict(max_new_tokens=20, temperature=temperature)
+        free = generate(small_model(), PROMPTS, **settings)
+        limited = generate(small_model(), PROMPTS, vocab_limit=30, **settings)
+        assert max(map(max, free)) >= 30 > max(map(max, limited))
+
+
 def test_no_prompts_and_impossible_ones():
     model = small_model()
     assert generate(model, [], max_new_tokens=4) == []

@@ -88,7 +88,7 @@ def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
     assert {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--sft.lr=3e-4"])
+@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--data.seed=3", "--sft.lr=3e-4"])
 def test_a_changed_setting_that_matters_is_refused_by_name(finished, recipe, override):
     run, _ = finished
     output = run_script("train.py", *recipe(run, override), "--iter", "0", fails=True)
@@ -277,6 +277,29 @@ def test_pairs_in_the_released_form_train_without_generating(finished, recipe, t
     output = run_script("train.py", *arguments, "--iter", "0")
     assert "iteration 0: 49 examples" in output and not (tmp_path / "run/iter0/generated").exists()
     assert metrics(tmp_path / "run/iter0")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_sft_and_evaluation_leave_the_generated_responses_of_pairs_alone(finished, recipe, tmp_path):
+    run, _ = finished
+    pairs = run / "iter0/generated/part-00000-of-00001.jsonl"
+    real = [json.loads(line)["real"] for line in open(pairs)]
+    rows = [{"prompt": user["content"], "response": assistant["content"]} for user, assistant in real]
+    plain = write_jsonl(tmp_path / "plain.jsonl", rows)
+    for name, path in (("pairs", pairs), ("plain", plain)):
+        files = (f"--data.path={path}", f"--evaluate.heldout={path}")
+        run_script("train.py", *recipe(tmp_path / name, *files), "--sft")
+        run_script("evaluate.py", *recipe(tmp_path / name, *files), "--iter", "base")
+    for file in ("model/model.safetensors", "evaluation/heldout.jsonl"):
+        assert (tmp_path / "pairs/base" / file).read_bytes() == (tmp_path / "plain/base" / file).read_bytes()
+
+
+def test_logps_of_other_pairs_are_refused(finished, recipe, tmp_path):
+    subprocess.run(["cp", "-r", finished[0], tmp_path / "copy"], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "copy/iter0/model"], check=True)
+    part = tmp_path / "copy/iter0/generated/part-00000-of-00001.jsonl"
+    part.write_text(part.read_text().replace('"assistant", "content": "', '"assistant", "content": "x'))
+    output = run_script("train.py", *recipe(tmp_path / "copy"), "--iter", "0", fails=True)
+    assert "opponent_logps.safetensors: made for other pairs" in output
 
 
 def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recipe, tmp_path):

@@ -100,6 +100,17 @@ def test_unknown_template_role_and_content_are_refused():
         render([{"role": "user", "content": None}], "zephyr")
 
 
+def test_a_model_that_loses_line_ends_is_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(  # sentencepiece's default normaliser turns a line's end into a blank
+        sentence_iterator=iter(["the quick brown fox"]), model_prefix=str(tmp_path / "tokenizer"), model_type="char",
+        vocab_size=20, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="tokenizer.model: the model does not keep line ends"):
+        Tokenizer(tmp_path)
+
+
 def test_a_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file"):
         Tokenizer(tmp_path)

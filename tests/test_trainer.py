@@ -124,7 +124,7 @@ def test_scores_are_transformers_sums(tmp_path, group):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_equal_real_and_generated_give_exactly_no_gradient(tmp_path, group):
+def test_equal_real_and_generated_give_no_gradient(tmp_path, group):
     items = [Item(item.prompt, (item.responses[0],) * 2) for item in pairs(4)]
     save_model(small_model(), tmp_path / "m", torch.float32)
     model = sharded_model(tmp_path / "m", group, torch.float32)

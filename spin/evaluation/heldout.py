@@ -14,7 +14,7 @@ from model.sampler import generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import fingerprint, load_model
 from spin.config import Config
-from spin.data import Example, digest, encode_prompts, load_examples, tokenize
+from spin.data import Example, digest, encode_prompts, load_examples, real_only, tokenize
 from spin.distributed import Ranks
 from spin.files import read_json, to_json, whole_directory
 from spin.logps import response_logps
@@ -22,7 +22,10 @@ from spin.packing import cost, micro_batches, pack
 
 
 def load_heldout(config: Config, counts: Counter) -> list[Example]:
-    """The documents; dropped ones are counted. Raises ValueError or OSError for a file that can't be read, or a pattern without one group."""
+    """The documents; dropped ones are counted.
+
+    Raises ValueError or OSError for a file that can't be read, or for a pattern that has not one group.
+    """
     pattern = config.evaluate.answer_pattern
     try:
         groups = re.compile(pattern).groups
@@ -30,7 +33,7 @@ def load_heldout(config: Config, counts: Counter) -> list[Example]:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
     if pattern and groups != 1:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
-    examples = load_examples(config.evaluate.heldout, config.data, counts)
+    examples = real_only(load_examples(config.evaluate.heldout, config.data, counts))
     return examples[: config.evaluate.limit or None]
 
 
@@ -38,11 +41,11 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
     """Answer every document greedily and by sampling, score the right answer, and leave `directory`.
 
     heldout.jsonl has one object per document: doc, text (greedy), sampled, prediction, target, exact_match,
-    exact_match_sampled, logp (of the right answer, nats). summary.json has means and standard errors. A finished
-    evaluation of the same model under the same settings is kept; of another one, refused. Returns the summary.
+    exact_match_sampled, logp (of the right answer, nats). summary.json has means and standard errors, and how many
+    documents were dropped, prompts cut for sampling and right answers cut for scoring. A finished evaluation of the same model under the same settings is kept; of another one, refused. Returns the summary.
     """
-    settings, counts = config.evaluate, Counter()
-    examples = load_heldout(config, counts)
+    settings, dropped, counts = config.evaluate, Counter(), Counter()
+    examples = load_heldout(config, dropped)
     keys = ("limit", "answer_pattern", "max_new_tokens", "temperature", "seed", "dtype")
     origin = {
         "model": ranks.from_first(lambda: fingerprint(model_dir)),
@@ -87,7 +90,8 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
 
     greedy, sampled = answers(0.0), answers(settings.temperature)
     bar.close()
-    logps = answer_logps(config, model, tokenizer, [examples[i] for i in mine], counts)
+    scored: Counter = Counter()
+    logps = answer_logps(config, model, tokenizer, [examples[i] for i in mine], scored)
     rows = []
     for place, i in enumerate(mine):
         target = extract(examples[i].real, settings.answer_pattern)
@@ -109,7 +113,8 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
     metrics: dict[str, float] = {}
     for name in ("exact_match", "exact_match_sampled", "logp"):
         metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
-    cut = {what: int(ranks.sum([counts[what]])[0]) for what in ("prompts cut at the left", "responses cut")}
+    prompts_cut, answers_cut = ranks.sum([counts["prompts cut at the left"], scored["responses cut"]])
+    cut = {"dropped": dropped.total(), "prompts_cut": int(prompts_cut), "answers_cut": int(answers_cut)}
     task = {**metrics, "documents": len(rows), "few_shot": 0, "harness": "own", **cut}
     summary = {"origin": origin, "tasks": {"heldout": task}}
     if ranks.first:
