@@ -1,8 +1,49 @@
-"""The architecture: read from a Hugging Face config.json, or refused with the field named."""
+"""The architecture: read from a Hugging Face config.json or Mistral's params.json, or refused with the field named."""
 
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+# Fields of config.json that change nothing in the forward pass. One that is neither here, nor a field of ModelConfig,
+# nor checked in `from_dict`, is refused unless it is off (null, false, 0, empty): this model might not do what it asks.
+IGNORED = set(
+    """
+    architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path _attn_implementation
+    _attn_implementation_autoset _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
+    output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript use_bfloat16
+    tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp max_sequence_length
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    forced_bos_token_id forced_eos_token_id bad_words_ids unsloth_version unsloth_fixed base_model_name_or_path
+    """.split()
+)  # pretraining_tp only splits matrix products into summands
+# What transformers takes for a field that config.json leaves out.
+_DEFAULTS = {
+    "mistral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+}
+# Hugging Face's names of Mistral's own fields; the last two are some files' alone.
+_PARAMS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "sliding_window": "sliding_window",
+    "tied_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -24,8 +65,12 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of freshly drawn weights
     bos_token_id: int = 1
     eos_token_id: int = 2
+    model_type: str = "mistral"  # or llama, which is the same without a window: what an export calls itself
 
     def __post_init__(self):
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"):
+            if (getattr(self, name) or 1) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is not positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -38,60 +83,107 @@ class ModelConfig:
     def from_dict(cls, values: dict, where: str = "config.json") -> "ModelConfig":
         """Read the dictionary of a Hugging Face config.json (transformers 4 or 5).
 
-        Fields that change nothing in the forward pass are ignored. Raises ValueError, naming `where` and the
-        field, for a missing size and for whatever this model would not compute exactly.
+        A field that is left out has transformers' default for the model_type; without a model_type, this class's.
+        Raises ValueError, naming `where` and the field, for a missing size, a value of the wrong type, and whatever
+        this model would not compute exactly.
         """
 
         def refuse(field: str, only: str):
             raise ValueError(f"{where}: {field} = {values[field]!r} is not supported, only {only}")
 
-        if values.get("model_type", "mistral") not in ("mistral", "llama"):
+        model_type = values.get("model_type", "mistral")
+        if model_type not in _DEFAULTS:
             refuse("model_type", "'mistral' and 'llama'")
         if values.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "'silu'")
-        for field in ("attention_bias", "mlp_bias", "quantization_config", "rope_scaling"):
-            if values.get(field):
-                refuse(field, "a model without it")
-        if values.get("pretraining_tp", 1) != 1:
-            refuse("pretraining_tp", "1")
-        rope = values.get("rope_parameters") or {}  # transformers 5 keeps theta in here
-        if rope.get("rope_type", "default") != "default":
-            refuse("rope_parameters", "rope_type 'default'")
+        # transformers 5 keeps theta in rope_parameters, and files of the transition have it in rope_scaling
+        rope_field = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+        rope = values.get(rope_field) or {}
+        if not isinstance(rope, dict) or {**rope, "rope_theta": 0} not in (
+            {"rope_theta": 0}, {"rope_theta": 0, "rope_type": "default"}, {"rope_theta": 0, "type": "default"}
+        ):  # fmt: skip
+            refuse(rope_field, "unscaled rotary embeddings")
+        if not str(values.get("tokenizer_class") or "Llama").startswith("Llama"):
+            refuse("tokenizer_class", "LlamaTokenizer: a sentencepiece model")
+        known = {field.name for field in fields(cls)}
+        checked = {"hidden_act", "rope_parameters", "rope_scaling", "tokenizer_class"}
+        for field in sorted(values.keys() - known - checked - IGNORED):
+            if values[field]:
+                refuse(field, "a model without it (should it change nothing, add it to IGNORED in model/config.py)")
 
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [field for field in sizes if field not in values]
+        missing = [field for field in _SIZES if values.get(field) is None]
         if missing:
             raise ValueError(f"{where}: no {', '.join(missing)}; is this the config.json of a language model?")
-        known = {field.name for field in fields(cls)}
-        kept = {key: value for key, value in values.items() if key in known and value is not None}
-        kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
-        kept.setdefault("head_dim", kept["hidden_size"] // kept["num_attention_heads"])
+        kept = dict(_DEFAULTS[model_type]) if "model_type" in values else {}
+        kept |= {key: values[key] for key in known & values.keys() if values[key] is not None or key == "sliding_window"}
         if "rope_theta" in rope:
             kept["rope_theta"] = rope["rope_theta"]
-        if values.get("model_type") == "llama":
+        if model_type == "llama":
             kept.pop("sliding_window", None)  # Llama has none, whatever the file says
-        return cls(**kept)
+        for field in fields(cls):
+            _check_type(where, field, kept)
+        kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
+        kept.setdefault("head_dim", kept["hidden_size"] // kept["num_attention_heads"])
+        try:
+            return cls(**kept)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_params(cls, values: dict, where: str = "params.json") -> "ModelConfig":
+        """Read the dictionary of Mistral's own params.json; as `from_dict` raises."""
+        for field, value in values.items():
+            if field not in _PARAMS and value and (field, value) != ("model_type", "transformer"):
+                raise ValueError(f"{where}: {field} = {value!r} is not supported, only a dense decoder without it")
+        missing = [field for field in list(_PARAMS)[:8] if field not in values]
+        if missing:
+            raise ValueError(f"{where}: no {', '.join(missing)}; is this the params.json of a language model?")
+        named = {_PARAMS[field]: value for field, value in values.items() if field in _PARAMS}
+        if named.get("rope_theta") is None:  # as mistral-inference has it
+            named["rope_theta"] = 1e6 if named.get("sliding_window") is None else 1e4
+        return cls.from_dict(named, where)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":
-        """Read `path`/config.json. Raises FileNotFoundError or ValueError with the file named."""
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; a model is a directory with config.json and *.safetensors")
-        try:
-            values = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from None
-        return cls.from_dict(values, where=str(file))
+        """Read `path`/config.json, or params.json. Raises FileNotFoundError or ValueError with the file named."""
+        for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
+            file = Path(path) / name
+            if file.is_file():
+                try:
+                    values = json.loads(file.read_text())
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise ValueError(f"{file}: not JSON ({error})") from None
+                if not isinstance(values, dict):
+                    raise ValueError(f"{file}: not a JSON object")
+                if name == "config.json" and "model_type" not in values:
+                    raise ValueError(f"{file}: no model_type; is this the config.json of a language model?")
+                return read(values, str(file))
+        raise FileNotFoundError(
+            f"{Path(path) / 'config.json'}: no such file; a model is a directory with config.json and *.safetensors, "
+            "or Mistral's params.json and consolidated.safetensors"
+        )
 
     def to_dict(self, dtype: str) -> dict:
         """The config.json of an exported checkpoint whose tensors are of `dtype` ("bfloat16", "float32")."""
-        return {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
+        result = {
+            "architectures": [{"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "attention_dropout": 0.0,
             "hidden_act": "silu",
             "torch_dtype": dtype,
             "use_cache": True,
         }
+        if self.model_type == "llama":
+            del result["sliding_window"]
+        return result
+
+
+def _check_type(where: str, field, values: dict) -> None:
+    """Raise ValueError unless values[field.name], if there, is of the field's type; an int may stand for a float."""
+    if field.name not in values:
+        return
+    value = values[field.name]
+    if field.type is float and type(value) is int:
+        return
+    if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+        raise ValueError(f"{where}: {field.name} = {value!r} is not {getattr(field.type, '__name__', field.type)}")

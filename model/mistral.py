@@ -4,6 +4,8 @@ T packed tokens, R rows at which something is predicted, H query heads, K key/va
 F feed-forward width, V vocabulary. Parameter names and the rotary layout are Hugging Face's.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,15 +116,24 @@ class Mistral(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> "Mistral":
-        """Draw every matrix from N(0, initializer_range²), as Mistral does; norms are 1. Returns self."""
+    def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), as Mistral's; norms are 1.
+
+        The values depend on the seed and the whole parameters' shapes alone, so a sharded model's parameters may be
+        given their rows of them.
+        """
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
+            values = torch.ones(weight.shape)
             if weight.dim() > 1:
-                weight.copy_(torch.empty(weight.shape).normal_(0, self.config.initializer_range, generator=generator))
-            else:
-                weight.fill_(1)
+                values.normal_(0, self.config.initializer_range, generator=generator)
+            yield weight, values
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Mistral":
+        """Take freshly drawn weights. Returns self."""
+        for weight, values in self.draw_weights(seed):
+            weight.copy_(values)
         return self
 
     def forward(

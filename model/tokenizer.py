@@ -1,6 +1,6 @@
 """Sentencepiece, and the chat templates. Message text never becomes a control token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -14,17 +14,14 @@ class Tokenizer:
     """A sentencepiece model with the templates that turn messages into ids.
 
     Args:
-        path: a tokenizer.model, or a directory that has one
+        path: a sentencepiece model, or a directory that has one
 
     Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model, has no end of sequence, or
     does not keep line ends.
     """
 
     def __init__(self, path: str | Path):
-        file = Path(path)
-        file = file / "tokenizer.model" if file.is_dir() else file
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; a sentencepiece model is needed (tokenizer.model)")
+        file = find_tokenizer(path)
         try:
             self._model = SentencePieceProcessor(model_file=str(file))
         except RuntimeError as error:
@@ -57,6 +54,36 @@ class Tokenizer:
         """Text of ids that follow other text: a blank in front is kept."""
         return self._model.decode([*self._newline, *ids])[1:]
 
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `decode_continuation`, piece by piece as ids come, never a part of a character.
+
+        A character that the model spells in bytes appears once its last byte is there.
+        """
+        pending: list[int] = []  # ids of bytes that may become a character
+        for token in ids:
+            pending.append(token)
+            if self._model.is_byte(token):
+                ready = self._complete(pending)
+            else:
+                ready = len(pending)
+            if ready:
+                yield self.decode_continuation(pending[:ready])
+                pending = pending[ready:]
+        if pending:
+            yield self.decode_continuation(pending)
+
+    def _complete(self, ids: list[int]) -> int:
+        """How many of these ids of bytes, all but the last known to begin a character, need wait for no other."""
+        text = bytes(int(self._model.id_to_piece(i)[3:-1], 16) for i in ids)  # <0xE2>
+        for start in range(len(text)):
+            try:
+                text[start:].decode()
+                return len(text)
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    return start
+        return len(text)
+
     def render(self, messages: Sequence[Message], template: str) -> str:
         """The conversation as text, end-of-sequence tokens written out, for people to read."""
         eos = self._model.id_to_piece(self.eos_id)
@@ -72,6 +99,22 @@ class Tokenizer:
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response after its prompt, with the end-of-sequence token."""
         return [*self.encode_continuation(text), self.eos_id]
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The sentencepiece model that `path` is or has. Raises FileNotFoundError, or ValueError for another kind."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    # Mistral's own downloads have tokenizer.model.v3 and the like.
+    found = [path / "tokenizer.model", *sorted(path.glob("tokenizer.model.v*"))]
+    for file in found:
+        if file.is_file():
+            return file
+    for other in ("tekken.json", "tokenizer.json"):
+        if (path / other).is_file():
+            raise ValueError(f"{path / other}: not a sentencepiece model; only tokenizer.model is supported")
+    raise FileNotFoundError(f"{path / 'tokenizer.model'}: no such file; a sentencepiece model is needed")
 
 
 def render(messages: Sequence[Message], template: str) -> list[str | None]:

@@ -1,24 +1,24 @@
-"""Safetensors in and out: a checkpoint directory as Hugging Face lays it out."""
+"""Safetensors in and out: a checkpoint directory as Hugging Face lays it out, or Mistral's own weights read as such."""
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.mistral import Mistral
+from model.tokenizer import find_tokenizer
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 # What travels with the weights, where the source has it.
 TOKENIZER_FILES = (
-    "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -26,83 +26,151 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors names them
+# Mistral's own names of tensors, after "layers.N." where there is one.
+_MISTRAL_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 
 class Checkpoint:
-    """The tensors of a directory: one model.safetensors, or shards with an index.
+    """The tensors of a directory, under Hugging Face's names and in its layout.
 
-    Opening reads the headers and no data. Raises FileNotFoundError or ValueError, naming the file, for an absent
-    shard, a damaged file, or an index that does not agree with its shards.
+    The files are, in this order of preference, Hugging Face's (model.safetensors, or shards with an index) or
+    Mistral's own (consolidated.safetensors, or shards with an index). Opening reads the headers and no data. Raises
+    FileNotFoundError or ValueError, naming file and tensor, for an absent shard, a damaged file, or an index that does
+    not agree with its shards. Pickled weights are never opened.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        index = self.path / INDEX
-        if index.is_file():
-            try:
-                declared = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
-            self.files = [self.path / name for name in sorted(set(declared.values()))]
+        self._mistral = False
+        declared = None  # {tensor: file name}, where there is an index
+        for name in ("model.safetensors", "consolidated.safetensors"):
+            index = self.path / f"{name}.index.json"
+            if index.is_file() or (self.path / name).is_file():
+                self._mistral = name.startswith("consolidated")
+                declared = _read_index(index) if index.is_file() else None
+                break
         else:
-            declared = None
-            self.files = [self.path / "model.safetensors"]
-        self._handles, self._owner = {}, {}
+            pickled = sorted(file.name for file in self.path.glob("*") if file.suffix in (".bin", ".pth", ".pt"))
+            raise FileNotFoundError(
+                f"{self.path / 'model.safetensors'}: no such file, nor {INDEX}, nor consolidated.safetensors"
+                + (f"; {pickled[0]} is pickled and never opened: convert it to safetensors" if pickled else "")
+            )
+        self.files = [self.path / file for file in sorted(set(declared.values()))] if declared else [self.path / name]
+        self._entries: dict[str, tuple[Path, str, list[int], str]] = {}  # file, name in it, shape, dtype
         for file in self.files:
             if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file}: no such file; weights are model.safetensors, or shards with {INDEX} "
-                    "(pickled .bin and .pth files are never opened: convert them to safetensors)"
-                )
+                tensor = next(tensor for tensor, owner in declared.items() if owner == file.name)
+                raise FileNotFoundError(f"{file}: no such file, where {index.name} has {tensor}; fetch it again")
             try:
-                handle = safe_open(file, framework="pt")
+                with safe_open(file, framework="pt") as handle:
+                    for stored in handle.keys():
+                        name = self._name(stored)
+                        if name in self._entries:
+                            raise ValueError(f"{file}: tensor {stored} is also in {self._entries[name][0].name}")
+                        part = handle.get_slice(stored)
+                        self._entries[name] = (file, stored, part.get_shape(), part.get_dtype())
             except SafetensorError as error:
-                raise ValueError(f"{file}: not a complete safetensors file ({error}); fetch it again") from None
-            self._handles[file] = handle
-            for name in handle.keys():
-                if name in self._owner:
-                    raise ValueError(f"{file}: tensor {name} is also in {self._owner[name].name}")
-                self._owner[name] = file
+                raise ValueError(
+                    f"{file}: not a complete safetensors file ({error}{_first_cut(file)}); fetch it again"
+                ) from None
         if declared is not None:
-            found = {name: file.name for name, file in self._owner.items()}
+            found = {stored: file.name for file, stored, _, _ in self._entries.values()}
             wrong = sorted(name for name in found.keys() | declared.keys() if found.get(name) != declared.get(name))
             if wrong:
                 raise ValueError(f"{index}: does not agree with the shards about {_some(wrong)}")
+        for name in [name for name in self._entries if name.endswith(".rotary_emb.inv_freq")]:
+            del self._entries[name]  # old files of Llama keep what follows from rope_theta
 
     def check(self, model: Mistral) -> None:
-        """Raise ValueError unless the tensors are exactly the model's, by name and shape."""
+        """Raise ValueError, naming file and tensor, unless the tensors are exactly the model's, by name and shape."""
+        self._head_dim = model.config.head_dim
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        found = set(self._owner)
+        found = set(self._entries)
         if model.config.tie_word_embeddings:
-            found.discard("lm_head.weight")  # some writers store the shared matrix twice
+            found.discard("lm_head.weight")  # some writers store the shared matrix twice; `fill` compares the two
         missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
         if missing or extra:
-            parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
-            raise ValueError(f"{self.path}: {' and '.join(parts)}; do config.json and weights belong together?")
+            parts = [f"lacks {_some(missing)}"] * bool(missing)
+            if extra:
+                parts.append(f"has unknown {_some(extra)} in {self._entries[extra[0]][0].name}")
+            raise ValueError(f"{self.path}: {' and '.join(parts)}; do the configuration and the weights belong together?")
         for name, shape in expected.items():
-            stored = self._handles[self._owner[name]].get_slice(name)
-            if stored.get_shape() != shape:
-                raise ValueError(
-                    f"{self._owner[name]}: {name} has shape {stored.get_shape()}, config.json asks for {shape}"
-                )
-            if stored.get_dtype() not in ("F32", "F16", "BF16"):
-                raise ValueError(f"{self._owner[name]}: {name} is {stored.get_dtype()}, not a float tensor")
+            file, stored, found_shape, dtype = self._entries[name]
+            if found_shape != shape:
+                raise ValueError(f"{file}: {stored} has shape {found_shape}, the configuration asks for {shape}")
+            if dtype not in _DTYPES.values():
+                raise ValueError(f"{file}: {stored} is {dtype}, not F32, F16 or BF16")
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The given rows of one tensor, in the dtype of the file; nothing else is read."""
-        return self._handles[self._owner[name]].get_slice(name)[rows]
+        """The given rows of one tensor, in the dtype of the file; no other byte is read.
+
+        The file is mapped for this one tensor only: a map that stays would count what was read as this process's
+        memory for as long as the system has no other use for it.
+        """
+        file, stored, shape, _ = self._entries[name]
+        start, stop, _ = rows.indices(shape[0])
+        with safe_open(file, framework="pt") as handle:
+            values = handle.get_slice(stored)
+            if not self._mistral or not name.endswith(("q_proj.weight", "k_proj.weight")):
+                return values[start:stop]
+            # Mistral rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face halves of it (i, i + D/2).
+            size = self._head_dim
+            first, last = start // size * size, -(-stop // size) * size  # whole heads
+            heads = values[first:last].unflatten(0, (-1, size // 2, 2))
+            return heads.transpose(1, 2).flatten(0, 2)[start - first : stop - first]
+
+    @torch.no_grad()
+    def fill(self, model: Mistral, shard: Callable[[Tensor], tuple[Tensor, slice]] | None = None) -> None:
+        """Copy every tensor into its parameter, each exactly once; raises as `check` does.
+
+        `shard` gives, for a parameter of which this process holds a part, the local tensor and the rows that it is.
+        """
+        self.check(model)
+        unfilled = dict(model.named_parameters())
+        for name in self._entries:
+            rows = slice(None)
+            if name in unfilled:
+                target = unfilled.pop(name)
+                if shard is not None:
+                    target, rows = shard(target)
+                target.copy_(self.read(name, rows))
+            elif not torch.equal(self.read(name), self.read("model.embed_tokens.weight")):
+                file, stored, _, _ = self._entries[name]
+                raise ValueError(f"{file}: {stored} is not the embedding's matrix, as tie_word_embeddings has it")
+        assert not unfilled, unfilled.keys()
+
+    def _name(self, stored: str) -> str:
+        """Hugging Face's name of a stored tensor."""
+        layer, rest, weight = re.fullmatch(r"(layers\.\d+\.)?(.*?)(\.weight)?", stored).groups(default="")
+        if not self._mistral or rest not in _MISTRAL_NAMES:
+            return stored
+        return ("model." + layer if layer else "") + _MISTRAL_NAMES[rest] + weight
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16, device="cpu") -> Mistral:
-    """The model in a Hugging Face directory, in eval mode. Raises ValueError or OSError naming file and tensor."""
+    """The model in a checkpoint directory, in eval mode. Raises ValueError or OSError naming file and tensor."""
     with torch.device("meta"):
-        model = Mistral(ModelConfig.from_pretrained(path))
+        model = Mistral(ModelConfig.from_pretrained(path)).to(dtype)
     checkpoint = Checkpoint(path)
     checkpoint.check(model)
-    state = {name: checkpoint.read(name).to(device, dtype) for name, _ in model.named_parameters()}
-    model.load_state_dict(state, strict=False, assign=True)  # strict: check() has compared the names
+    model.to_empty(device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
+    checkpoint.fill(model)
     return model.eval().requires_grad_(False)
 
 
@@ -123,9 +191,9 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     write: bool = True,
 ) -> None:
-    """Write config.json and the safetensors shards, asking `get` for one tensor at a time.
+    """Write config.json, generation_config.json and the safetensors shards, asking `get` for one tensor at a time.
 
-    At most one shard is in memory. With `write` False, `get` is called in the same order and nothing is written:
+    No more than one tensor is in memory. With `write` False, `get` is called in the same order and nothing is written:
     for processes that only take part in gathering.
     """
     path = Path(path)
@@ -145,27 +213,41 @@ def write_checkpoint(
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(str(dtype).removeprefix("torch.")), indent=2)
         (path / "config.json").write_text(text + "\n")
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        (path / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
         if len(shards) > 1:
             total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
             weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for name, shard in zip(names, shards):
-        tensors = {}
-        for tensor in shard:
-            value = get(tensor).detach()
-            if write:
-                tensors[tensor] = value.to("cpu", dtype).contiguous()
         if write:
-            save_file(tensors, path / name, metadata={"format": "pt"})
+            with open(path / name, "wb") as file:
+                file.write(_header({tensor: shapes[tensor] for tensor in shard}, dtype))
+                for tensor in shard:
+                    value = get(tensor).detach().to("cpu", dtype).contiguous()
+                    file.write(memoryview(value.view(torch.uint8).numpy()))
+        else:
+            for tensor in shard:
+                get(tensor)
+
+
+def _header(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """The head of a safetensors file whose tensors follow in this order: its length in 8 bytes, and JSON."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     """Copy the tokenizer's files, and generation_config.json, where `source` has them; `source` may be the file."""
     source = Path(source)
-    if source.is_file():
-        shutil.copyfile(source, Path(target) / "tokenizer.model")
-        return
+    shutil.copyfile(find_tokenizer(source), Path(target) / "tokenizer.model")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, Path(target) / name)
@@ -174,11 +256,35 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
 def fingerprint(path: str | Path) -> str:
     """A SHA-256 over the architecture, every byte of the weights, and the sentencepiece model where there is one."""
     digest = hashlib.sha256(repr(ModelConfig.from_pretrained(path)).encode())
-    tokenizer = Path(path) / "tokenizer.model"
-    for file in [*Checkpoint(path).files, *([tokenizer] if tokenizer.is_file() else [])]:
+    for file in [*Checkpoint(path).files, *sorted(Path(path).glob("tokenizer.model*"))[:1]]:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """{tensor: file name} of an index. Raises ValueError if it is not one."""
+    try:
+        declared = json.loads(index.read_text())["weight_map"]
+        bad = [name for name in declared.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
+    if bad or not declared:
+        raise ValueError(f"{index}: points to {bad[0] if bad else 'nothing'}, not to a .safetensors file of its folder")
+    return declared
+
+
+def _first_cut(file: Path) -> str:
+    """The tensor at which a truncated file ends, in words; nothing if the header itself is damaged."""
+    with open(file, "rb") as stream:
+        room = file.stat().st_size - 8
+        size = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(max(0, min(size, room))))
+            cut = {n: e["data_offsets"][0] for n, e in header.items() if e.get("data_offsets", [0, 0])[1] > room - size}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return ""
+    return f": cut in {min(cut, key=cut.get)}" if cut else ""
 
 
 def _some(names: list[str]) -> str:

@@ -129,12 +129,12 @@ def sharded_model(
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
-    drawn = Mistral(config).init_weights(seed).state_dict() if isinstance(source, ModelConfig) else None
+    if not isinstance(source, ModelConfig):
+        checkpoint.fill(model, lambda parameter: (parameter.to_local(), _shard_rows(parameter)))
+        return model
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            rows = _shard_rows(parameter)
-            values = drawn[name][rows] if drawn else checkpoint.read(name, rows)
-            parameter.to_local().copy_(values)
+        for parameter, values in model.draw_weights(seed):
+            parameter.to_local().copy_(values[_shard_rows(parameter)])
     return model
 
 
