@@ -1,14 +1,59 @@
-"""The attention seam: one function over a packed stream, one over the cache.
+"""The attention seam: one function over a packed stream, one over the cache, and the kernels behind them.
 
-T packed tokens, S segments, H query heads, K key/value heads (H a multiple of K), D head size, N slots.
+T packed tokens, S segments, H query heads, K key/value heads (H a multiple of K), D head size, N slots, L slot length.
+
+Three backends give the same numbers within rounding: the flash-attn package; FlashAttention-2 as torch ships it; and
+scaled_dot_product_attention over segments padded into groups, the plain twin that runs anywhere and in any dtype.
 """
 
+import importlib.util
+import logging
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BACKENDS = ("flash-attn", "torch-flash", "sdpa")
+log = logging.getLogger("model.attention")
+
+
+@lru_cache
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The first backend that can be had here, or the wanted one; says in the log which, once.
+
+    Args:
+        wanted: one of BACKENDS, or "auto"
+
+    Raises ValueError for an unknown backend, or for a wanted one that cannot be had, with the reason.
+    """
+    if wanted not in ("auto", *BACKENDS):
+        raise ValueError(f"attention backend {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
+    for backend in BACKENDS if wanted == "auto" else [wanted]:
+        reason = _unavailable(backend, device, dtype, head_dim)
+        if not reason:
+            log.info("attention: %s (%s, %s, head size %d)", backend, device.type, dtype, head_dim)
+            return backend
+    raise ValueError(f"attention backend {wanted!r} cannot be used: {reason}; choose another, or auto")
+
+
+def _unavailable(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a backend cannot be used; empty if it can."""
+    if backend == "sdpa":
+        return ""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"it takes head sizes up to 256 in steps of 8, not {head_dim}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later"
+    if backend == "flash-attn":
+        return "" if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed"
+    return "" if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no FlashAttention"
 
 
 @dataclass
@@ -27,23 +72,39 @@ class Segments:
 
     q_offsets: list[int]  # S + 1
     k_offsets: list[int]  # S + 1
-    key_index: Tensor  # (k_offsets[-1],) int64
-    _groups: dict = field(default_factory=dict, repr=False)  # padded layouts of the plain twin, by window
+    key_index: Tensor | None  # (k_offsets[-1],) int64; None where keys are the stream itself
+    device: torch.device | str = "cpu"
+    _made: dict = field(default_factory=dict, repr=False)  # what a backend needs, made once and not in every layer
 
     @classmethod
     def causal(cls, lengths: list[int], device="cpu") -> "Segments":
         """Independent sequences of the given lengths, one after the other."""
         offsets = [0, *accumulate(lengths)]
-        return cls(offsets, offsets, torch.arange(offsets[-1], device=device))
+        return cls(offsets, offsets, None, device)
+
+    def to(self, device) -> "Segments":
+        """The same on another device."""
+        index = self.key_index if self.key_index is None else self.key_index.to(device)
+        return Segments(self.q_offsets, self.k_offsets, index, device)
 
     def groups(self, window: int | None):
-        """Segments batched by similar length for the plain twin, computed once per stream and not per layer."""
-        if window not in self._groups:
-            self._groups[window] = _padded_groups(self, window)
-        return self._groups[window]
+        """Segments batched by similar length, for the plain twin."""
+        if window not in self._made:
+            self._made[window] = _padded_groups(self, window)
+        return self._made[window]
+
+    def offsets(self) -> tuple[Tensor, Tensor, int, int]:
+        """Query and key offsets (S + 1,) int32, and the longest segment of each, for the FlashAttention kernels."""
+        if "offsets" not in self._made:
+            q, k = (torch.tensor(o, dtype=torch.int32, device=self.device) for o in (self.q_offsets, self.k_offsets))
+            longest = (max(b - a for a, b in pairwise(o)) for o in (self.q_offsets, self.k_offsets))
+            self._made["offsets"] = (q, k, *longest)
+        return self._made["offsets"]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None, backend: str = "sdpa"
+) -> Tensor:
     """Causal attention within each segment of a packed stream.
 
     Args:
@@ -52,45 +113,85 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | No
 
     Returns: (T, H, D)
     """
+    if backend == "sdpa":
+        return _attend_padded(q, k, v, segments, window)
+    if segments.key_index is not None:
+        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    q_offsets, k_offsets, longest_q, longest_k = segments.offsets()
+    left = -1 if window is None else window - 1  # the kernels count the keys before the query
+    if backend == "flash-attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q, k, v, q_offsets, k_offsets, longest_q, longest_k, causal=True, window_size=(left, 0)
+        )
+    # What torch.nn.attention.varlen.varlen_attn calls, and differentiable as it is; varlen_attn's own arguments
+    # differ between torch 2.11 and 2.13.
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, q_offsets, k_offsets, longest_q, longest_k, 0.0, window is None, False,
+        window_size_left=left, window_size_right=0,
+    )[0]  # fmt: skip
+
+
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, window: int | None = None, backend: str = "sdpa"
+) -> Tensor:
+    """One new token per slot against the slot's cache, the new token's key and value included.
+
+    Args:
+        q: (N, H, D)    k, v: (N, L, K, D)
+        lengths: (N,) int32, keys of each slot that are valid, its first; the rest is ignored
+        longest: no length is greater
+
+    Returns: (N, H, D)
+    """
+    n, heads, size = q.shape
+    slot, kv_heads = k.shape[1:3]
+    left = -1 if window is None else window - 1
+    if backend == "flash-attn":
+        from flash_attn import flash_attn_with_kvcache
+
+        out = flash_attn_with_kvcache(
+            q[:, None], k, v, cache_seqlens=lengths, causal=True, window_size=(left, -1 if window is None else 0)
+        )
+        return out[:, 0]
+    if backend == "torch-flash":
+        steps = torch.arange(n + 1, dtype=torch.int32, device=q.device)
+        return torch.ops.aten._flash_attention_forward(
+            q, k.flatten(0, 1), v.flatten(0, 1), steps, steps * slot, 1, slot, 0.0, False, False,
+            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=lengths,
+        )[0]  # fmt: skip
+    k, v = k[:, :longest], v[:, :longest]
+    at = torch.arange(longest, device=q.device)
+    mask = at < lengths[:, None]  # (N, longest)
+    if window is not None:
+        mask &= at >= lengths[:, None] - window
+    # The query heads that share a key head are rows of one small matrix: no copy of the cache per head.
+    out = F.scaled_dot_product_attention(
+        q.view(n, kv_heads, heads // kv_heads, size),
+        k.transpose(1, 2),  # (N, K, longest, D)
+        v.transpose(1, 2),
+        attn_mask=mask[:, None, None, :].expand(n, 1, heads // kv_heads, longest),
+    )
+    return out.reshape(n, heads, size)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None) -> Tensor:
+    """The plain twin: each group of segments is one batch of scaled_dot_product_attention."""
     groups, stream_order = segments.groups(window)
     outputs = []
-    for q_rows, k_rows, shape, mask in groups:
-        n, q_len, k_len = shape
+    for q_rows, k_rows, (n, q_len, k_len), mask in groups:
+        rows = lambda x, index: x if index is None else x.index_select(0, index)  # noqa: E731
         out = F.scaled_dot_product_attention(
-            q[q_rows].view(n, q_len, *q.shape[1:]).transpose(1, 2),  # (n, H, q_len, D)
-            k[k_rows].view(n, k_len, *k.shape[1:]).transpose(1, 2),  # (n, K, k_len, D)
-            v[k_rows].view(n, k_len, *v.shape[1:]).transpose(1, 2),
+            rows(q, q_rows).unflatten(0, (n, q_len)).transpose(1, 2),  # (n, H, q_len, D)
+            rows(k, k_rows).unflatten(0, (n, k_len)).transpose(1, 2),  # (n, K, k_len, D)
+            rows(v, k_rows).unflatten(0, (n, k_len)).transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
             enable_gqa=True,
         )
         outputs.append(out.transpose(1, 2).reshape(n * q_len, *q.shape[1:]))
-    return torch.cat(outputs)[stream_order]
-
-
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """One new token per slot against the slot's cache, the new token's key and value included.
-
-    Args:
-        q: (N, H, D)    k, v: (N, L, K, D)
-        positions: (N,) position of the new token; keys at 0..position are valid, the rest is ignored.
-
-    Returns: (N, H, D)
-    """
-    n, heads, size = q.shape
-    length, kv_heads = k.shape[1:3]
-    at = torch.arange(length, device=q.device)
-    mask = at <= positions[:, None]  # (N, L)
-    if window is not None:
-        mask &= at > positions[:, None] - window
-    # The query heads that share a key head are rows of one small matrix: no copy of the cache per head.
-    out = F.scaled_dot_product_attention(
-        q.view(n, kv_heads, heads // kv_heads, size),
-        k.transpose(1, 2),  # (N, K, L, D)
-        v.transpose(1, 2),
-        attn_mask=mask[:, None, None, :].expand(n, 1, heads // kv_heads, length),
-    )
-    return out.reshape(n, heads, size)
+    return outputs[0] if stream_order is None else torch.cat(outputs).index_select(0, stream_order)
 
 
 # How far padding may stretch a group beyond its useful area: a fraction, and a constant below which a call's
@@ -102,13 +203,19 @@ def _padded_groups(segments: Segments, window: int | None):
     """Lay segments of similar length side by side, padded at the right, for scaled_dot_product_attention.
 
     Returns the groups, each (q_rows, k_rows, (n, q_len, k_len), mask or None for plain causal), and the index that
-    brings the groups' concatenated outputs back to stream order.
+    brings the groups' concatenated outputs back to stream order. Where the stream is one group as it lies (sequences of
+    one length), the indices are None.
     """
-    device = segments.key_index.device
-    key_index = segments.key_index.cpu()
+    device = segments.device
     q_offsets, k_offsets = segments.q_offsets, segments.k_offsets
-    q_lens = [b - a for a, b in zip(q_offsets, q_offsets[1:])]
-    k_lens = [b - a for a, b in zip(k_offsets, k_offsets[1:])]
+    q_lens = [b - a for a, b in pairwise(q_offsets)]
+    k_lens = [b - a for a, b in pairwise(k_offsets)]
+    key_index = segments.key_index
+    if key_index is None:
+        if len(set(q_lens)) == 1 and (window is None or window >= q_lens[0]):
+            return [(None, None, (len(q_lens), q_lens[0], q_lens[0]), None)], None
+        key_index = torch.arange(k_offsets[-1])
+    key_index = key_index.cpu()
     # Square segments need no mask (a real row never sees the padding at its right), so they keep to themselves.
     order = sorted(
         (i for i, length in enumerate(q_lens) if length), key=lambda i: (q_lens[i] == k_lens[i], k_lens[i], q_lens[i])

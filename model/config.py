@@ -69,8 +69,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"):
-            if (getattr(self, name) or 1) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is not positive")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value} is not positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "

@@ -20,7 +20,7 @@ class KVCache:
         shape = (config.num_hidden_layers, slots, length, config.num_key_value_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.longest = length  # places that a read returns; whoever decodes keeps it at its longest sequence
+        self.longest = length  # of the sequences being decoded, kept by whoever decodes: attention looks no further
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Put k, v (T, K, D) at (slots[t], positions[t])."""
@@ -28,8 +28,8 @@ class KVCache:
         self.v[layer][slots, positions] = v
 
     def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Views (slots, longest, K, D) of the first `slots` slots."""
-        return self.k[layer][:slots, : self.longest], self.v[layer][:slots, : self.longest]
+        """Views (slots, length, K, D) of the first `slots` slots."""
+        return self.k[layer][:slots], self.v[layer][:slots]
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's sequence over another's."""

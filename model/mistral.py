@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Segments, attend, attend_cached
+from model.attention import Segments, attend, attend_cached, choose_backend
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
@@ -53,7 +53,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
 
-    def forward(self, x: Tensor, rope, positions: Tensor, segments: Segments | None, cache: KVCache | None, slots):
+    def forward(
+        self, x: Tensor, rope, backend: str, segments: Segments | None, cache: KVCache | None, slots, positions, lengths
+    ) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
@@ -61,9 +63,9 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(self.layer, k, v, slots, positions)
         if segments is not None:
-            out = attend(q, k, v, segments, self.window)  # (T, H, D)
+            out = attend(q, k, v, segments, self.window, backend)  # (T, H, D)
         else:
-            out = attend_cached(q, *cache.read(self.layer, len(q)), positions, self.window)
+            out = attend_cached(q, *cache.read(self.layer, len(q)), lengths, cache.longest, self.window, backend)
         return self.o_proj(out.flatten(1))  # (T, E)
 
 
@@ -100,11 +102,11 @@ class Block(nn.Module):
 
 
 class Mistral(nn.Module):
-    """The decoder with its language-model head."""
+    """The decoder with its language-model head. `attention` is a backend of model/attention.py, or "auto"."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attention: str = "auto"):
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -145,7 +147,7 @@ class Mistral(nn.Module):
         slots: Tensor | None = None,
         at: Tensor | None = None,
         targets: Tensor | None = None,
-        chunk: int = 1024,
+        chunk: int = 256,
     ) -> Tensor:
         """Logits, or the log-probabilities of given targets.
 
@@ -163,8 +165,10 @@ class Mistral(nn.Module):
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
         rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        backend = choose_backend(self.attention, x.device, x.dtype, self.config.head_dim)
+        lengths = (positions + 1).int()  # of the sequences up to each token, as the decoding kernels count
         for block in self.model["layers"]:
-            x = block(x, rope, positions, segments, cache, slots)
+            x = block(x, rope, backend, segments, cache, slots, positions, lengths)
         if at is not None:
             x = x[at]  # (R, E)
         x = self.model["norm"](x)
@@ -183,28 +187,28 @@ class TokenLogps(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """x (R, E), weight (V, E), targets (R,) → (R,) fp32."""
         logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        normalizers = torch.empty_like(logps)
         for rows in _chunks(len(x), chunk):
-            logits = (x[rows] @ weight.T).float()  # (chunk, V)
-            normalizers[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normalizers[rows]
-        ctx.save_for_backward(x, weight, targets, normalizers)
+            all_logps = (x[rows] @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk, V)
+            logps[rows] = all_logps.gather(-1, targets[rows, None]).squeeze(-1)
+        ctx.save_for_backward(x, weight, targets)
         ctx.chunk = chunk
         return logps
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, targets, normalizers = ctx.saved_tensors
+        x, weight, targets = ctx.saved_tensors
         x_grad = torch.empty_like(x)
         # Summed over the chunks in fp32: in bf16 the later chunks would be rounded away.
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(x), ctx.chunk):
-            logits = (x[rows] @ weight.T).float()
-            logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # −softmax
-            logits.scatter_add_(-1, targets[rows, None], torch.ones_like(logits[:, :1]))
-            logits = logits.mul_(grad[rows, None]).to(x.dtype)
-            x_grad[rows] = logits @ weight
-            weight_grad += logits.T @ x[rows]
+            g = grad[rows, None]
+            logits_grad = (x[rows] @ weight.T).softmax(-1, dtype=torch.float32).mul_(-g)
+            logits_grad = logits_grad.scatter_add_(-1, targets[rows, None], g).to(x.dtype)
+            x_grad[rows] = logits_grad @ weight
+            if weight.dtype == torch.float32:
+                weight_grad.addmm_(logits_grad.T, x[rows])
+            else:
+                weight_grad += logits_grad.T @ x[rows]
         return x_grad, weight_grad.to(weight.dtype), None, None
 
 

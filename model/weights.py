@@ -161,10 +161,15 @@ class Checkpoint:
         return ("model." + layer if layer else "") + _MISTRAL_NAMES[rest] + weight
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16, device="cpu") -> Mistral:
-    """The model in a checkpoint directory, in eval mode. Raises ValueError or OSError naming file and tensor."""
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, device="cpu", attention: str = "auto"
+) -> Mistral:
+    """The model in a checkpoint directory, in eval mode. Raises ValueError or OSError naming file and tensor.
+
+    `attention` is a backend of model/attention.py.
+    """
     with torch.device("meta"):
-        model = Mistral(ModelConfig.from_pretrained(path)).to(dtype)
+        model = Mistral(ModelConfig.from_pretrained(path), attention).to(dtype)
     checkpoint = Checkpoint(path)
     checkpoint.check(model)
     model.to_empty(device=device)

@@ -47,19 +47,20 @@ def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Opti
     )
 
 
-def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, ranks: Ranks) -> None:
+def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card: str, ranks: Ranks) -> None:
     """Write sharded parameters as a Hugging Face directory that transformers loads, complete or not at all.
 
     Every rank takes part in gathering, one parameter at a time; the first writes. Tokenizer files come from
-    `tokenizer`, a model directory or a sentencepiece file.
+    `tokenizer`, a model directory or a sentencepiece file; `card` becomes README.md.
     """
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    get = lambda name: whole(parameters[name])  # noqa: E731
+    get = lambda name: whole(parameters[name].detach().to(dtype))  # noqa: E731
     if ranks.first:
         with whole_directory(path) as partial:
             write_checkpoint(partial, model.config, shapes, get, dtype)
             copy_tokenizer(tokenizer, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     else:
         write_checkpoint(path, model.config, shapes, get, dtype, write=False)
     ranks.barrier()

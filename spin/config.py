@@ -17,6 +17,8 @@ import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from model.attention import BACKENDS
+
 
 def _free(default):
     """A setting that a run may go on with changed: it moves no result, or names a file whose content is recorded."""
@@ -32,6 +34,7 @@ class Run:
 class Model:
     base: str = _free("")  # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
     save_dtype: str = "bfloat16"  # of exported weights; bfloat16 or float32
+    attention: str = _free("auto")  # backend: flash-attn, torch-flash or sdpa; auto: the first of these that can be had
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Optimization:
     dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32 always
     seed: int = 0  # order of the examples
     token_budget: int = _free(8192)  # packed tokens of one forward and backward pass on each rank
-    logit_chunk: int = _free(1024)  # rows whose logits exist at one time
+    logit_chunk: int = _free(256)  # rows whose logits exist at one time; a GPU wants some thousands, a CPU's cache fewer
     activation_checkpointing: bool = _free(False)  # recompute each block in the backward pass
     checkpoint_every: int = _free(200)  # steps
 
@@ -134,6 +137,7 @@ class Config:
 
 _CHOICES = {
     "model.save_dtype": ("bfloat16", "float32"),
+    "model.attention": ("auto", *BACKENDS),
     "data.empty": ("refuse", "drop"),
     "generate.template": ("zephyr", "instruction", "plain"),
     "generate.dtype": ("bfloat16", "float32"),

@@ -84,6 +84,11 @@ class Ranks:
         return box[0]
 
 
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @contextmanager
 def ranks():
     """Join the process group that torchrun describes, or a group of one; leave it at the end.
@@ -91,15 +96,14 @@ def ranks():
     After an error it is not left: that waits for the other ranks, which wait in a collective for this one. The process
     ends with its error instead, and torchrun ends the others.
     """
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = this_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     group = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
     yield group
@@ -109,7 +113,12 @@ def ranks():
 
 
 def sharded_model(
-    source: Path | ModelConfig, ranks: Ranks, dtype: torch.dtype, recompute: bool = False, seed: int = 0
+    source: Path | ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    seed: int = 0,
+    attention: str = "auto",
 ) -> Mistral:
     """A model whose fp32 parameters are sharded over all ranks (FSDP2) and which computes in `dtype`.
 
@@ -118,7 +127,7 @@ def sharded_model(
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = Mistral(config)
+        model = Mistral(config, attention)
     if not isinstance(source, ModelConfig):
         checkpoint = Checkpoint(source)
         checkpoint.check(model)

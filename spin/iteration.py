@@ -19,14 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from model.attention import choose_backend
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
 from spin import checkpoint
+from spin.card import model_card
 from spin.config import Config, Recipe, differences, read_toml, to_toml
 from spin.data import Example, choose, digest, load_examples, load_generated, real_only, tokenize
-from spin.distributed import Ranks, sharded_model
+from spin.distributed import Ranks, sharded_model, this_device
 from spin.evaluation.heldout import evaluate_heldout, load_heldout
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
 from spin.opponent import generate_pairs, score
@@ -48,9 +50,7 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
                 load_heldout(config, Counter())
         opponent = config.model_dir(n - 1)
         if opponent.is_dir():
-            model = ModelConfig.from_pretrained(opponent)
-            Checkpoint(opponent)
-            _check_vocabulary(Tokenizer(opponent), model, opponent)
+            _check_model(opponent, Tokenizer(opponent), config)
         elif n == 0 and not config.model.base:
             base_source(config)
         elif n == 0:
@@ -80,9 +80,11 @@ def run_base(config: Config, ranks: Ranks) -> None:
     part = config.sft
     items = tokenize(examples, vocabulary, part.template, config.data, counts)
     log.info("SFT on %d examples%s", len(items), _summary(counts))
-    model = sharded_model(source, ranks, getattr(torch, part.dtype), part.activation_checkpointing, part.seed)
+    dtype = getattr(torch, part.dtype)
+    model = sharded_model(source, ranks, dtype, part.activation_checkpointing, part.seed, config.model.attention)
     train(part, model, items, None, directory, ranks)
-    checkpoint.export(model, directory / "model", tokenizer_path, getattr(torch, config.model.save_dtype), ranks)
+    about = f"{len(items)} examples{_summary(counts)}"
+    _export(config, -1, model, tokenizer_path, inputs, about, directory, ranks)
     log.info("%s: the base model", directory / "model")
 
 
@@ -99,10 +101,12 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     tokenizer_path = Path(part.tokenizer or part.init)
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:
-        _check_vocabulary(tokenizer, ModelConfig.from_pretrained(part.init), Path(part.init))
+        _check_model(Path(part.init), tokenizer, config)
         return Path(part.init), tokenizer_path, tokenizer
     ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return ModelConfig.from_dict(ids | part.architecture, "sft.architecture"), tokenizer_path, tokenizer
+    architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
+    _check_attention(config, architecture)
+    return architecture, tokenizer_path, tokenizer
 
 
 def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evaluate") -> None:
@@ -144,16 +148,26 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     if not self_play:
         examples = real_only(examples)
     items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
-    log.info("iteration %d: %d examples, %d of them replayed%s", n, len(items), len(items) - len(own), _summary(counts))
+    about = f"{len(items)} examples, {len(items) - len(own)} of them replayed{_summary(counts)}"
+    log.info("iteration %d: %s", n, about)
     dtype = getattr(torch, config.train.dtype)
-    model = sharded_model(source, ranks, dtype, config.train.activation_checkpointing)
+    recompute = config.train.activation_checkpointing
+    model = sharded_model(source, ranks, dtype, recompute, attention=config.model.attention)
     logps = opponent_logps(config, model, items, digest(examples), directory, ranks) if self_play else None
     train(config.train, model, items, logps, directory, ranks)
-    checkpoint.export(model, directory / "model", source, getattr(torch, config.model.save_dtype), ranks)
+    _export(config, n, model, source, inputs, about, directory, ranks)
     log.info("%s: exported", directory / "model")
     del model
     ranks.release_memory()
     evaluate_model(config, n, ranks)
+
+
+def _export(
+    config: Config, n: int, model: Mistral, tokenizer: Path, inputs: dict, about: str, directory: Path, ranks: Ranks
+) -> None:
+    """Stage export: the last checkpoint's weights, the tokenizer's files and a card, in `directory`/model."""
+    card = ranks.from_first(lambda: model_card(config, n, model.config, directory, inputs, about))
+    checkpoint.export(model, directory / "model", tokenizer, getattr(torch, config.model.save_dtype), card, ranks)
 
 
 def opponent_logps(
@@ -243,11 +257,22 @@ def _remedy(directory: Path) -> str:
     return f"put it back as it was, choose another --run.dir, or remove {directory} to start it anew"
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
+def _check_model(path: Path, tokenizer: Tokenizer, config: Config) -> None:
+    """Raise ValueError or OSError unless architecture, weights and tokenizer go together and attention can be computed."""
+    architecture = ModelConfig.from_pretrained(path)
+    with torch.device("meta"):
+        Checkpoint(path).check(Mistral(architecture))
+    if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json's vocab_size is {model.vocab_size}"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {architecture.vocab_size}"
         )
+    _check_attention(config, architecture)
+
+
+def _check_attention(config: Config, architecture: ModelConfig) -> None:
+    """Raise ValueError if the attention backend that model.attention asks for cannot be had."""
+    for part in (config.generate, config.train, config.sft, config.evaluate):
+        choose_backend(config.model.attention, this_device(), getattr(torch, part.dtype), architecture.head_dim)
 
 
 def _summary(counts: Counter) -> str:

@@ -7,7 +7,7 @@ from model.mistral import Mistral
 from spin.packing import Packed
 
 
-def response_logps(model: Mistral, packed: Packed, chunk: int = 1024) -> Tensor:
+def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
     """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens, end-of-sequence included.
 
     Differentiable, and summed in a fixed order. `chunk` rows of logits exist at a time. A stream without responses

@@ -46,7 +46,7 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
     done = ranks.from_first(repair)
     missing = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(prompts[i]))
     mine = missing[ranks.rank :: ranks.world_size]  # dealt by length: every rank has about as much to do
-    model = load_model(source, getattr(torch, settings.dtype), ranks.device)
+    model = load_model(source, getattr(torch, settings.dtype), ranks.device, config.model.attention)
     responses = generate_stream(
         model,
         [prompts[i] for i in mine],

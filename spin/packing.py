@@ -41,8 +41,7 @@ class Packed:
 
     def to(self, device) -> "Packed":
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "at", "targets", "lengths")}
-        segments = Segments(self.segments.q_offsets, self.segments.k_offsets, self.segments.key_index.to(device))
-        return Packed(segments=segments, **moved)
+        return Packed(segments=self.segments.to(device), **moved)
 
 
 def pack(items: Sequence[Item]) -> Packed:
@@ -74,9 +73,10 @@ def pack(items: Sequence[Item]) -> Packed:
             at += [start + prompt - 1, *range(first, first + length)]
             targets += response
             lengths.append(len(response))
-            q_lengths.append(prompt + length if i == 0 else length)  # the first response shares the prompt's segment
-            k_lengths.append(prompt + length)
-            key_index += [*range(start, start + prompt), *range(first, first + length)]
+            if i == 0 or length:  # the first response shares the prompt's segment; one of a single token has none
+                q_lengths.append(prompt + length if i == 0 else length)
+                k_lengths.append(prompt + length)
+                key_index += [*range(start, start + prompt), *range(first, first + length)]
     segments = Segments([0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)], torch.tensor(key_index))
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
     return Packed(

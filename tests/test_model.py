@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import random_ids, reference, small_config, small_model
 
-from model.attention import Segments, attend, attend_cached
-from model.config import ModelConfig
+from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import TokenLogps
 from spin.logps import response_logps
@@ -50,47 +49,6 @@ def test_the_window_matters_in_that_comparison():
         (narrow,), (wide,) = (logits_of(small_model(sliding_window=w), [sequence]) for w in (5, None))
     torch.testing.assert_close(narrow[:5], wide[:5])
     assert (narrow[5:] - wide[5:]).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_attention_over_shared_prompts_is_masked_softmax(window):
-    torch.manual_seed(0)
-    items = [Item([1] * 5, ([1] * 4, [1] * 7)), Item([1] * 9, ([1], [1] * 2)), Item([1] * 2, ([1] * 30,))]
-    packed = pack(items)
-    total = len(packed.tokens)
-    q, k, v = torch.randn(total, 4, 8), torch.randn(total, 2, 8), torch.randn(total, 2, 8)
-    # Who sees whom, written out: own sequence (prompt and one response), no later position, inside the window.
-    sequences, start = [], 0
-    for item in items:
-        prompt = list(range(start, start + len(item.prompt)))
-        start += len(item.prompt)
-        for response in item.responses:
-            sequences.append(prompt + list(range(start, start + len(response) - 1)))
-            start += len(response) - 1
-    expected = torch.full((total, 4, 8), float("nan"))
-    for sequence in sequences:
-        for place, row in enumerate(sequence):
-            seen = sequence[max(0, place + 1 - window) if window else 0 : place + 1]
-            for head in range(4):
-                weights = (k[seen, head // 2] @ q[row, head] / 8**0.5).softmax(0)
-                expected[row, head] = weights @ v[seen, head // 2]
-    ours = attend(q, k, v, packed.segments, window)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    padded_groups, _ = packed.segments.groups(window)
-    assert len(padded_groups) < sum(len(item.responses) for item in items)  # some were batched
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention_over_the_cache_is_the_last_row_of_causal_attention(window):
-    torch.manual_seed(0)
-    lengths = [1, 6, 9]
-    k, v, q = torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 4, 8)
-    ours = attend_cached(q, k, v, torch.tensor(lengths) - 1, window)
-    for row, n in enumerate(lengths):
-        full_q = torch.randn(n, 4, 8)
-        full_q[-1] = q[row]
-        theirs = attend(full_q, k[row, :n], v[row, :n], Segments.causal([n]), window)[-1]
-        torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["gqa 2", "gqa 4", "window"])
@@ -176,28 +134,3 @@ def test_a_stream_without_responses_still_reaches_every_parameter():
     model = small_model()
     response_logps(model, pack([])).sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("model_type", "mixtral"),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-        ("quantization_config", {"bits": 4}),
-    ],
-)
-def test_an_architecture_that_would_be_computed_wrongly_is_refused_by_field(field, value):
-    values = small_config().to_dict("float32") | {field: value}
-    with pytest.raises(ValueError, match=f"config.json: {field}"):
-        ModelConfig.from_dict(values)
-
-
-def test_config_is_read_as_transformers_writes_it():
-    from transformers import MistralConfig
-
-    ours = small_config(rope_theta=5e5, sliding_window=17)
-    theirs = MistralConfig(**{k: v for k, v in ours.to_dict("float32").items() if k != "architectures"})
-    assert ModelConfig.from_dict(theirs.to_dict()) == ours

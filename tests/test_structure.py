@@ -12,6 +12,7 @@ from conftest import ROOT
 from miniature.world import EVASIONS, PHRASINGS, answer, make, tokenizer_model
 
 OUTSIDE = {"torch", "sentencepiece", "safetensors", "numpy", "tqdm", "pyarrow", "matplotlib"}
+OUTSIDE |= {"flash_attn"}  # requirements-gpu.txt
 ALLOWED = {"model": {"model"}, "spin": {"model", "spin"}, "scripts": {"model", "spin"}}
 
 

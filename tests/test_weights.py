@@ -1,13 +1,17 @@
 """Checkpoint directories: exact round trips, what transformers makes of them, and refusals."""
 
 import json
+import random
+import re
 
 import pytest
 import torch
-from conftest import random_ids, small_model
+from conftest import random_ids, reference, small_config, small_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.attention import Segments
+from model.mistral import Mistral, rotary_angles, rotate
 from model.weights import INDEX, Checkpoint, fingerprint, load_model, save_model, write_checkpoint
 
 
@@ -38,14 +42,16 @@ def test_round_trip_is_exact_in_one_file_and_in_shards(tmp_path, tied, max_shard
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-@pytest.mark.parametrize("shape", [dict(), dict(tie_word_embeddings=True), dict(sliding_window=6, head_dim=16)])
+@pytest.mark.parametrize(
+    "shape", [dict(), dict(tie_word_embeddings=True), dict(sliding_window=6, head_dim=16), dict(model_type="llama")]
+)
 def test_transformers_loads_the_directory_and_gives_the_same_logits(tmp_path, max_shard_bytes, shape):
-    import random
-
     from transformers import AutoModelForCausalLM
 
     model, path = saved(tmp_path, max_shard_bytes=max_shard_bytes, **shape)
     other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert type(other).__name__ == ("LlamaForCausalLM" if "model_type" in shape else "MistralForCausalLM")
+    assert (other.generation_config.bos_token_id, other.generation_config.eos_token_id) == (1, 2)
     ids = torch.tensor(random_ids(random.Random(0), 25))
     with torch.no_grad():
         ours = model(ids, torch.arange(25), Segments.causal([25]))
@@ -53,8 +59,6 @@ def test_transformers_loads_the_directory_and_gives_the_same_logits(tmp_path, ma
 
 
 def test_what_transformers_writes_loads_with_the_same_logits(tmp_path):
-    from conftest import reference
-
     model = small_model(num_key_value_heads=1)
     reference(model).save_pretrained(tmp_path / "hf")
     ids = torch.arange(3, 20)
@@ -69,6 +73,124 @@ def change(path, edit):
     save_file(tensors, path / "model.safetensors")
 
 
+def test_a_file_is_laid_out_as_safetensors_own_writer_would(tmp_path):
+    model, path = saved(tmp_path, torch.bfloat16)
+    content = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0 and content[8] == ord("{")  # tensors are aligned
+    with safe_open(path / "model.safetensors", framework="pt") as ours:
+        assert ours.metadata() == {"format": "pt"}
+    state = {name: parameter.detach().bfloat16() for name, parameter in model.named_parameters()}
+    save_file(state, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert len(content) - 8 - length == sum(tensor.nbytes for tensor in state.values())
+    ours, theirs = load_file(path / "model.safetensors"), load_file(tmp_path / "theirs.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_any_float_dtype_is_read_as_torch_casts_it(tmp_path, source, target):
+    model, path = saved(tmp_path, source)
+    for name, parameter in load_model(path, target).named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name].to(source).to(target)), name
+
+
+def test_every_parameter_is_filled_exactly_once(tmp_path):
+    _, path = saved(tmp_path)
+    with torch.device("meta"):
+        model = Mistral(small_config())
+    model.to_empty(device="cpu")
+    filled = []
+
+    def shard(parameter):
+        filled.append(parameter)
+        parameter.data.fill_(float("nan"))
+        return parameter, slice(None)
+
+    Checkpoint(path).fill(model, shard)
+    parameters = list(model.parameters())
+    assert len(filled) == len(parameters) and {id(p) for p in filled} == {id(p) for p in parameters}
+    assert not any(p.isnan().any() for p in parameters)
+
+
+# Mistral's own files.
+
+
+def as_mistral_writes(model, path, shards=1):
+    """consolidated.safetensors and params.json of a model, its q and k rows in the order of interleaved pairs."""
+    config, tensors = model.config, {}
+    names = {"embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "lm_head": "output",
+             "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attention.wo", "self_attn.q_proj": "attention.wq",
+             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "mlp.gate_proj": "feed_forward.w1",
+             "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}  # fmt: skip
+    for name, weight in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = weight.view(-1, 2, config.head_dim // 2, config.hidden_size)
+            weight = halves.transpose(1, 2).reshape(weight.shape)
+        native = name.removeprefix("model.")
+        for ours, theirs in names.items():
+            native = re.sub(rf"(^|\.){re.escape(ours)}\.weight", rf"\1{theirs}.weight", native)
+        tensors[native] = weight.contiguous()
+    params = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "head_dim": config.head_dim,
+              "hidden_dim": config.intermediate_size, "n_heads": config.num_attention_heads,
+              "n_kv_heads": config.num_key_value_heads, "norm_eps": config.rms_norm_eps,
+              "vocab_size": config.vocab_size, "rope_theta": config.rope_theta}  # fmt: skip
+    path.mkdir()
+    (path / "params.json").write_text(json.dumps(params))
+    if shards == 1:
+        save_file(tensors, path / "consolidated.safetensors")
+    else:
+        owner = {name: f"consolidated-{i % shards:05d}.safetensors" for i, name in enumerate(tensors)}
+        for file in set(owner.values()):
+            save_file({name: tensors[name] for name in tensors if owner[name] == file}, path / file)
+        (path / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": owner}))
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_mistrals_own_files_give_the_same_model(tmp_path, shards):
+    model = small_model()
+    as_mistral_writes(model, tmp_path / "m", shards)
+    loaded = load_model(tmp_path / "m", torch.float32)
+    for (name, ours), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, expected), name
+
+
+def test_permuted_rows_rotate_as_mistrals_interleaved_pairs_do(tmp_path):
+    model = small_model()
+    tensors = as_mistral_writes(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m", torch.float32).model["layers"][1].self_attn
+    torch.manual_seed(0)
+    x, positions = torch.randn(9, 32), torch.arange(9)
+
+    def theirs(name):  # mistral-inference's apply_rotary_emb: neighbours are a complex number, turned by m·θ^(-2i/D)
+        pairs = (x @ tensors[f"layers.1.attention.{name}.weight"].T).view(9, -1, 4, 2)
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones(9, 4), angles)[:, None]).flatten(2)
+
+    rope = rotary_angles(positions, 8, 10000.0)
+    q, k = (rotate(layer(x).detach().view(9, -1, 8), *rope) for layer in (loaded.q_proj, loaded.k_proj))
+    scores = lambda q, k: torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1))  # noqa: E731
+    torch.testing.assert_close(scores(q, k), scores(theirs("wq"), theirs("wk")), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_rows_are_those_of_the_whole_tensor(tmp_path, native):
+    model, path = saved(tmp_path)
+    if native:
+        path = tmp_path / "native"
+        as_mistral_writes(model, path)
+    checkpoint = Checkpoint(path)
+    checkpoint.check(model)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"):
+        whole = dict(model.named_parameters())[name]
+        for start in range(0, 16):
+            for stop in (start, start + 1, start + 5, 16, len(whole)):
+                assert torch.equal(checkpoint.read(name, slice(start, stop)), whole[start:stop]), (name, start, stop)
+
+
+# Refusals.
+
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
@@ -76,9 +198,10 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
     "edit, message",
     [
         (lambda t: t.pop(NORM), f"lacks {NORM}"),
-        (lambda t: t.update({"lm_head.bias": torch.zeros(97)}), "has unknown lm_head.bias"),
-        (lambda t: t.update({HEAD: torch.zeros(97, 31)}), r"lm_head.weight has shape \[97, 31\].*\[97, 32\]"),
-        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)}), f"{NORM} is I8"),
+        (lambda t: t.update({"lm_head.bias": torch.zeros(97)}), "has unknown lm_head.bias in model.safetensors"),
+        (lambda t: t.update({HEAD: torch.zeros(97, 31)}), r"model.safetensors: lm_head.weight has shape \[97, 31\].*\[97, 32\]"),
+        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)}), f"model.safetensors: {NORM} is I8"),
+        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.float64)}), f"model.safetensors: {NORM} is F64"),
     ],
 )
 def test_tensors_that_do_not_fit_the_architecture_are_refused_by_name(tmp_path, edit, message):
@@ -88,15 +211,35 @@ def test_tensors_that_do_not_fit_the_architecture_are_refused_by_name(tmp_path, 
         load_model(path)
 
 
+def test_rotary_frequencies_that_old_files_of_llama_keep_are_no_parameters(tmp_path):
+    model, path = saved(tmp_path)
+    change(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert torch.equal(load_model(path, torch.float32).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tied_matrix_that_is_stored_twice_must_be_the_same_twice(tmp_path):
+    _, path = saved(tmp_path, tie_word_embeddings=True)
+    change(path, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].clone()}))
+    load_model(path)
+    change(path, lambda t: t[HEAD][3, 3].add_(1))
+    with pytest.raises(ValueError, match=f"model.safetensors: {HEAD} is not the embedding's matrix"):
+        load_model(path)
+
+
 def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
     _, path = saved(tmp_path, max_shard_bytes=20_000)
     shard = sorted(path.glob("*.safetensors"))[1]
     content = shard.read_bytes()
+    last = re.findall(rb'"(model[^"]*)"', content[: int.from_bytes(content[:8], "little")])[-1].decode()
     shard.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file"):
+    with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file.*cut in {last}"):
         Checkpoint(path)
+    for damaged in (b"", content[:4], content[:200], b"\xff" * 8 + content[8:], content[:8] + b"}" + content[9:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file"):
+            Checkpoint(path)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=shard.name):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name}: no such file, where {INDEX} has model"):
         Checkpoint(path)
     shard.write_bytes(content)
     index = json.loads((path / INDEX).read_text())
@@ -107,11 +250,32 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
         Checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not an index"),
+        ("{}", "not an index"),
+        ('{"weight_map": []}', "not an index"),
+        ('{"weight_map": {}}', "points to nothing"),
+        ('{"weight_map": {"lm_head.weight": "../m/model.safetensors"}}', r"points to \.\./m/model.safetensors"),
+        ('{"weight_map": {"lm_head.weight": "pytorch_model.bin"}}', "points to pytorch_model.bin"),
+    ],
+)
+def test_an_index_that_points_nowhere_is_refused(tmp_path, text, message):
+    _, path = saved(tmp_path)
+    (path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=f"{INDEX}: {message}"):
+        Checkpoint(path)
+
+
 def test_pickled_weights_are_never_opened(tmp_path):
     _, path = saved(tmp_path)
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="never opened"):
-        load_model(path)
+    (path / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "consolidated.00.pth"):
+        (path / name).write_bytes(b"not even a pickle")
+        with pytest.raises(FileNotFoundError, match=f"{name} is pickled and never opened: convert it to safetensors"):
+            load_model(path)
+        (path / name).unlink()
 
 
 def test_fingerprint_follows_weights_and_architecture(tmp_path):

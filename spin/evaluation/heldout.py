@@ -66,7 +66,7 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
 
     tokenizer = Tokenizer(model_dir)
     mine = range(len(examples))[ranks.rank :: ranks.world_size]
-    model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device)
+    model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
     prompts = encode_prompts([examples[i] for i in mine], tokenizer, config.train.template, config.data, counts)
     bar = ranks.progress(2 * len(mine), f"evaluate {directory.parent.name}", "answer")
 

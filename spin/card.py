@@ -1,0 +1,75 @@
+"""The model card that an exported directory carries as README.md: where the weights come from, and how to load them."""
+
+import json
+from pathlib import Path
+
+from model.config import ModelConfig
+from model.tokenizer import render
+from spin.config import Config, to_toml
+
+
+def model_card(config: Config, iteration: int, model: ModelConfig, directory: Path, inputs: dict, examples: str) -> str:
+    """The card, in Markdown, of what `directory` trained: an iteration of SPIN or its control, or for -1 the SFT model.
+
+    Args:
+        inputs: what is in inputs.json, fingerprints of opponent (or init) and data
+        examples: how many were trained on, in words
+    """
+    metrics = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    part = config.sft if iteration < 0 else config.train
+    if iteration < 0:
+        title = "SFT model"
+        origin = [("Base model", config.sft.init or f"random weights, seed {config.sft.seed}")]
+    else:
+        spin = config.train.objective == "spin"
+        title = f"{'SPIN' if spin else 'Continued SFT (the control of SPIN)'}, iteration {iteration}"
+        origin = [("Base model", str(config.base)), ("Opponent" if spin else "Starts from", str(config.model_dir(iteration - 1)))]
+    facts = origin + [
+        ("Recipe", f"{config.run.dir}; every setting is at the end"),
+        ("Iteration", "the base of iteration 0" if iteration < 0 else str(iteration)),
+        ("Data", f"{config.data.pairs if iteration >= 0 and config.data.pairs else config.data.path}: {examples}"),
+        *((f"Fingerprint: {name}", value) for name, value in inputs.items() if isinstance(value, str)),
+        ("Weights", f"{model.model_type}, {model.num_hidden_layers} layers of width {model.hidden_size}, {config.model.save_dtype}"),
+    ]
+    shown = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in metrics.items()]
+    prompt = "".join(p or "</s>" for p in render([{"role": "user", "content": "Why is the sky blue?"}], part.template))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{"sft" if iteration < 0 else "spin, self-play"}]
+---
+
+# {Path(config.run.dir).name}: {title}
+
+{_table(("", ""), facts)}
+
+Self-play fine-tuning: [arXiv 2401.01335](https://arxiv.org/abs/2401.01335). The last training step:
+
+{_table(("metric", "value"), shown)}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("<this directory>", dtype="auto")
+```
+
+or `vllm serve <this directory>`, or in the code that made it
+`model.weights.load_model("<this directory>")`. Where there is a tokenizer.json, `AutoTokenizer` gives the right ids; with
+tokenizer.model alone, use sentencepiece on that file. It was trained on prompts of this form, without a
+beginning-of-sequence token:
+
+```
+{prompt}
+```
+
+## Settings
+
+```toml
+{to_toml(config).rstrip()}
+```
+"""
+
+
+def _table(head: tuple[str, str], rows: list[tuple]) -> str:
+    return "\n".join(f"| {a} | {b} |" for a, b in [head, ("---", "---"), *rows])
