@@ -1,6 +1,6 @@
 """The packed transformer beside transformers' padded batches: forward, and a training step's forward and backward.
 
-    python -m benchmarks.model [--dtype float32] [--data FILE] [--repeats 5]
+    python -m benchmarks.model [--dtype float32] [--data FILE] [--texts 32] [--repeats 3]
 
 About 60M parameters, Mistral's shape and vocabulary size, random weights, the same on both sides. The texts have GSM8K's
 lengths (question and answer), once as they are and once all of one length. The reference is MistralForCausalLM with
@@ -136,8 +136,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments.add_argument("--data", help="GSM8K's train.jsonl; without it, lengths are drawn to be like its")
-    arguments.add_argument("--texts", type=int, default=64)
-    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--texts", type=int, default=32)
+    arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
     dtype = getattr(torch, options.dtype)
 
@@ -162,10 +162,10 @@ def main() -> None:
         padded = sum(len(batch) * max(map(len, batch)) for batch in batches)
         for backward in (False, True):
             seconds = {"ours": [], "transformers": []}
-            for repeat in range(options.repeats + 1):
+            for repeat in range(-2, options.repeats):
                 for name, side in (("ours", ours), ("transformers", theirs)):
                     taken = run(side, batches, backward)
-                    if repeat:  # the first round warms up
+                    if repeat >= 0:  # two rounds warm up
                         seconds[name].append(taken)
             a, b = (statistics.median(values) for values in seconds.values())
             what = f"{load} {'forward+backward' if backward else 'forward'}"

@@ -36,8 +36,14 @@ class Tokenizer:
             raise ValueError(f"{file}: the model does not keep line ends, which the templates need")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
-        return self._model.encode(text)
+        """Ids of a text, without BOS or EOS; "</s>" in it is four characters.
+
+        Raises ValueError for half a surrogate pair, which a broken JSON escape leaves behind.
+        """
+        try:
+            return self._model.encode(text)
+        except RuntimeError:
+            raise ValueError(f"half a character (a lone surrogate) in the text {text!r:.200}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens leave no trace."""
@@ -48,7 +54,7 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text."""
-        return self._model.encode("\n" + text)[len(self._newline) :]
+        return self.encode("\n" + text)[len(self._newline) :]
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text of ids that follow other text: a blank in front is kept."""

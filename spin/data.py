@@ -52,6 +52,10 @@ def load_examples(path: str, data: Data, counts: Counter, need_generated: bool =
     examples = []
     for where, row in _rows(path):
         example = parse_row(row, data, where, need_generated)
+        try:
+            "".join([*(turn["content"] for turn in example.prompt), example.real, example.generated or ""]).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in a text") from None
         blank = _blank(example)
         if not blank:
             examples.append(example)

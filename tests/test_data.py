@@ -82,6 +82,13 @@ def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
         load(tmp_path / "d.jsonl")
 
 
+def test_half_a_character_is_refused_with_file_and_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a\\ud83d", "response": "b"}\n')
+    with pytest.raises(ValueError, match="a.jsonl:2: half a character"):
+        load_examples(str(file), Data(), Counter())
+
+
 def test_empty_texts_can_be_dropped_and_are_counted(tmp_path):
     rows = [{"prompt": "a", "response": "b"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": "\n"}]
     counts = Counter()

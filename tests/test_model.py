@@ -16,6 +16,8 @@ SHAPES = {
     "gqa 2": {},
     "gqa 1": dict(num_key_value_heads=4),
     "gqa 4": dict(num_key_value_heads=1),
+    "gqa 8": dict(num_attention_heads=8, num_key_value_heads=1),
+    "gqa 8, tied, window": dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True, sliding_window=6),
     "tied": dict(tie_word_embeddings=True),
     "wide heads": dict(head_dim=16),
     "window": dict(sliding_window=5),
@@ -41,6 +43,22 @@ def test_packed_logits_equal_transformers_one_sequence_at_a_time(shape):
         for sequence, ours in zip(sequences, logits_of(model, sequences)):
             theirs = other(torch.tensor([sequence])).logits[0]
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_in_bf16_are_as_near_to_fp32_as_transformers_own(shape):
+    model = small_model(**SHAPES[shape])
+    exact, low = reference(model), reference(model).bfloat16()
+    model.bfloat16()
+    rng = random.Random(0)
+    ours, theirs = [], []
+    with torch.no_grad():
+        for sequence in [random_ids(rng, n) for n in (1, 7, 40, 3, 19, 100, 60)]:
+            expected = exact(torch.tensor([sequence])).logits[0]
+            ours.append(logits_of(model, [sequence])[0] - expected)
+            theirs.append(low(torch.tensor([sequence])).logits[0].float() - expected)
+    ours, theirs = torch.cat(ours), torch.cat(theirs)
+    assert 0 < ours.square().mean() <= theirs.square().mean()  # the largest of thousands goes either way
 
 
 def test_the_window_matters_in_that_comparison():
@@ -85,7 +103,7 @@ def naive_logps(other, item):
     return result
 
 
-@pytest.mark.parametrize("shape", ["gqa 2", "tied", "window"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_packed_logps_and_gradients_equal_transformers_on_separate_sequences(shape):
     model = small_model(**SHAPES[shape])
     other = reference(model)

@@ -11,15 +11,23 @@ from model.sampler import counter_uniform, generate, generate_stream, sample
 PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4)]
 
 
-def test_greedy_equals_transformers_generate_on_ragged_prompts():
-    model = small_model(sliding_window=16)
+@pytest.mark.parametrize(
+    "shape",
+    [dict(sliding_window=16), dict(num_key_value_heads=4), dict(num_attention_heads=8, num_key_value_heads=1),
+     dict(num_key_value_heads=1, tie_word_embeddings=True)],
+)  # fmt: skip
+def test_64_greedy_tokens_equal_transformers_generate_on_32_ragged_prompts(shape):
+    model = small_model(**shape)
     other = reference(model)
-    ours = generate(model, PROMPTS, max_new_tokens=24, slots=4)
-    for prompt, response in zip(PROMPTS, ours):
+    rng = random.Random(0)
+    prompts = [random_ids(rng, rng.randrange(1, 50)) for _ in range(32)]
+    ours = generate(model, prompts, max_new_tokens=64, slots=7)
+    for prompt, response in zip(prompts, ours):
         theirs = other.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert response == theirs[0, len(prompt) :].tolist()
+    assert len({tuple(response[-8:]) for response in ours}) > 16  # and it is no single cycle that they all end in
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=0.7, top_p=0.8)])

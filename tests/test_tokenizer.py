@@ -1,4 +1,7 @@
-"""Templates against transformers' rendering; sentencepiece ids; message text that never becomes control."""
+"""Ids against mistral-common's; templates against transformers' rendering; message text that never becomes control."""
+
+import random
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,83 @@ CONVERSATIONS = [
     [{"role": "user", "content": "é 😀"}, {"role": "assistant", "content": " leading blank"}],
 ]
 AWKWARD = ["I don't", " two", "  three  ", "", "\n", "é 😀 中文", "<s></s> <unk>[INST]", "tab\tend", "a\n\nb ", "55%"]
+
+
+MISTRALS = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+}
+
+
+def strings() -> list[str]:
+    """More than 300 texts: hand-picked ones, and for each alphabet thirty random ones."""
+    rng = random.Random(0)
+    span = lambda first, last: [chr(code) for code in range(first, last)]  # noqa: E731
+    alphabets = {
+        "control characters": span(0, 32) + ["\x7f", "\x85", "\u200b", "\u2028", "\ufeff"],
+        "blanks": [" ", "  ", "   ", "\t", "\n", "\r\n", "\u00a0", "\u3000"],
+        "ascii": span(32, 127),
+        "latin": span(0xC0, 0x250) + [" "],
+        "combining": span(0x300, 0x340) + list("aeiou "),
+        "greek, cyrillic, hebrew, arabic": span(0x370, 0x530) + span(0x5D0, 0x5EB) + span(0x620, 0x64B) + [" "],
+        "cjk": span(0x4E00, 0x9FA5) + span(0x3041, 0x30FF) + span(0xAC00, 0xD7A3),
+        "emoji": span(0x1F300, 0x1F6FF) + ["\u200d", "\ufe0f", " ", "👩‍👩‍👧‍👦", "🇫🇷"],
+        "compatibility": list("ﬁ①½ＡＢ㎏™…") + [" "],
+        "beyond the first plane": span(0x10330, 0x1034A) + span(0x20000, 0x20100),
+        "code": ["def ", "f(x)", ":\n", "    ", "return ", "\t", "{", "}", "0x1F", "==", "//", '"', "\\n", "lambda", ";"],
+        "markup": ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<|user|>", "\n", "<0x41>", "&amp;", "<b>"],
+    }
+    drawn = ["".join(rng.choice(letters) for _ in range(rng.randrange(1, 40))) for letters in alphabets.values() for _ in range(30)]
+    return AWKWARD + drawn + ["x" * 2000, " " * 300, "\ufffd", "e\u0301", "1234567890" * 5]
+
+
+@pytest.mark.parametrize("version", MISTRALS)
+def test_ids_are_mistral_commons_and_decode_to_the_text(version):
+    mistral_common = pytest.importorskip("mistral_common")
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    file = Path(mistral_common.__file__).parent / "data" / MISTRALS[version]
+    ours, theirs = Tokenizer(file), SentencePieceTokenizer(file)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (theirs.n_words, theirs.bos_id, theirs.eos_id)
+    texts = strings()
+    assert len(texts) > 300
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, bos=False, eos=False), repr(text)
+        assert ours.decode(ids) == text
+        assert ours.decode_continuation(ours.encode_continuation(text)) == text
+
+
+def test_sentencepieces_own_mark_for_a_blank_is_the_one_character_that_comes_back_as_another(mistral_tokenizer):
+    assert mistral_tokenizer.decode(mistral_tokenizer.encode("a▁b")) == "a b"
+
+
+@pytest.mark.parametrize("version", MISTRALS)
+def test_streamed_text_is_the_whole_text_and_shows_no_half_character(version):
+    mistral_common = pytest.importorskip("mistral_common")
+    tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / MISTRALS[version])
+    for text in strings():
+        ids = tokenizer.encode_response(text)
+        shown, pieces = "", list(tokenizer.stream(ids))
+        for piece in pieces:
+            shown += piece
+            assert text.startswith(shown)  # hence never a replacement for a character whose bytes are still to come
+        assert shown == text
+        assert len(pieces) <= len(ids)
+
+
+def test_streamed_ids_that_spell_no_valid_text_come_out_as_all_at_once(mistral_tokenizer):
+    rng = random.Random(0)
+    for _ in range(500):
+        ids = [rng.choice([rng.randrange(3, 259), rng.randrange(32000)]) for _ in range(rng.randrange(1, 12))]
+        assert "".join(mistral_tokenizer.stream(ids)) == mistral_tokenizer.decode_continuation(ids)
+
+
+def test_a_streamed_character_appears_with_its_last_byte(mistral_tokenizer):
+    ids = mistral_tokenizer.encode_continuation("a🦜b")
+    assert len(ids) == 6  # the parrot is not in the vocabulary: four bytes
+    assert list(mistral_tokenizer.stream(iter(ids))) == ["a", "🦜", "b"]
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
@@ -109,6 +189,19 @@ def test_a_model_that_loses_line_ends_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="tokenizer.model: the model does not keep line ends"):
         Tokenizer(tmp_path)
+
+
+def test_mistrals_own_folder_and_folders_without_sentencepiece(tmp_path, mistral_tokenizer):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: not a sentencepiece model; only tokenizer.model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model.v3").write_bytes(mistral_tokenizer.file.read_bytes())
+    assert Tokenizer(tmp_path).file.name == "tokenizer.model.v3"
+
+
+def test_a_text_that_is_not_unicode_is_refused(mistral_tokenizer):
+    with pytest.raises(ValueError, match=r"half a character.*'a\\ud800'"):
+        mistral_tokenizer.encode("a\ud800")
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path):
