@@ -61,6 +61,7 @@ class Checkpoint:
             index = self.path / f"{name}.index.json"
             if index.is_file() or (self.path / name).is_file():
                 self._mistral = name.startswith("consolidated")
+                self._head_dim = ModelConfig.from_pretrained(path).head_dim if self._mistral else None
                 declared = _read_index(index) if index.is_file() else None
                 break
         else:
@@ -97,7 +98,6 @@ class Checkpoint:
 
     def check(self, model: Mistral) -> None:
         """Raise ValueError, naming file and tensor, unless the tensors are exactly the model's, by name and shape."""
-        self._head_dim = model.config.head_dim
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         found = set(self._entries)
         if model.config.tie_word_embeddings:
@@ -107,7 +107,7 @@ class Checkpoint:
             parts = [f"lacks {_some(missing)}"] * bool(missing)
             if extra:
                 parts.append(f"has unknown {_some(extra)} in {self._entries[extra[0]][0].name}")
-            raise ValueError(f"{self.path}: {' and '.join(parts)}; do the configuration and the weights belong together?")
+            raise ValueError(f"{self.path}: {' and '.join(parts)}; do the configuration and the weights go together?")
         for name, shape in expected.items():
             file, stored, found_shape, dtype = self._entries[name]
             if found_shape != shape:

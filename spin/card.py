@@ -23,13 +23,15 @@ def model_card(config: Config, iteration: int, model: ModelConfig, directory: Pa
     else:
         spin = config.train.objective == "spin"
         title = f"{'SPIN' if spin else 'Continued SFT (the control of SPIN)'}, iteration {iteration}"
-        origin = [("Base model", str(config.base)), ("Opponent" if spin else "Starts from", str(config.model_dir(iteration - 1)))]
+        opponent = ("Opponent" if spin else "Starts from", str(config.model_dir(iteration - 1)))
+        origin = [("Base model", str(config.base)), opponent]
     facts = origin + [
         ("Recipe", f"{config.run.dir}; every setting is at the end"),
         ("Iteration", "the base of iteration 0" if iteration < 0 else str(iteration)),
         ("Data", f"{config.data.pairs if iteration >= 0 and config.data.pairs else config.data.path}: {examples}"),
         *((f"Fingerprint: {name}", value) for name, value in inputs.items() if isinstance(value, str)),
-        ("Weights", f"{model.model_type}, {model.num_hidden_layers} layers of width {model.hidden_size}, {config.model.save_dtype}"),
+        ("Architecture", f"{model.model_type}, {model.num_hidden_layers} layers of width {model.hidden_size}"),
+        ("Weights", config.model.save_dtype),
     ]
     shown = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in metrics.items()]
     prompt = "".join(p or "</s>" for p in render([{"role": "user", "content": "Why is the sky blue?"}], part.template))
@@ -54,10 +56,9 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("<this directory>", dtype="auto")
 ```
 
-or `vllm serve <this directory>`, or in the code that made it
-`model.weights.load_model("<this directory>")`. Where there is a tokenizer.json, `AutoTokenizer` gives the right ids; with
-tokenizer.model alone, use sentencepiece on that file. It was trained on prompts of this form, without a
-beginning-of-sequence token:
+or `vllm serve <this directory>`, or `model.weights.load_model("<this directory>")` in the code that made it. Where there
+is a tokenizer.json, `AutoTokenizer` gives the right ids; with tokenizer.model alone, use sentencepiece on that file. It was
+trained on prompts of this form, without a beginning-of-sequence token:
 
 ```
 {prompt}

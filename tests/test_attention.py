@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from conftest import random_ids, small_config
+
 from model.attention import BACKENDS, Segments, _unavailable, attend, attend_cached, choose_backend
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.mistral import Mistral
+from spin.logps import response_logps
 from spin.packing import Item, pack
 
 GPU = torch.device("cuda")
@@ -185,6 +191,23 @@ def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(d
     torch.testing.assert_close(attend_cached(q, k, v, lengths, 12, window, backend), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_7b_shape_goes_through_the_kernels_own_shape_rules(monkeypatch):
+    # On the meta device torch runs the op's registered shape functions, forward and backward, without a GPU.
+    monkeypatch.setattr("model.mistral.choose_backend", lambda *_: "torch-flash")
+    config = ModelConfig(32000, 4096, 14336, 2, 32, 8, 128, sliding_window=4096)
+    with torch.device("meta"):
+        model = Mistral(config).bfloat16()
+    packed = pack([Item([1] * 300, ([1] * 200, [1] * 250))] * 8).to("meta")
+    logps = response_logps(model, packed, chunk=2048)
+    assert logps.shape == (16,) and logps.dtype == torch.float32
+    logps.sum().backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+    cache = KVCache(config, 16, 512, torch.bfloat16, "meta")
+    one = torch.zeros(8, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        assert model(one, one, cache=cache, slots=one).shape == (8, 32000)
+
+
 def test_on_a_cpu_the_twin_is_chosen_and_the_log_says_so(caplog):
     choose_backend.cache_clear()
     caplog.set_level("INFO")
@@ -249,10 +272,6 @@ def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_model_in_bf16_is_the_same_model_in_fp32_on_the_cpu_within_rounding():
-    from conftest import random_ids, small_config
-    from model.mistral import Mistral
-    from spin.logps import response_logps
-
     rng = random.Random(0)
     items = [Item(random_ids(rng, 9), (random_ids(rng, 30), random_ids(rng, 17))) for _ in range(4)]
     model = Mistral(small_config(hidden_size=256, head_dim=64)).init_weights(0)
