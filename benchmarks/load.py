@@ -3,9 +3,10 @@
     python -m benchmarks.load [--gigabytes 1.3] [--repeats 5]
 
 Writes a checkpoint of bf16 weights (random, Hugging Face shards of at most 500 MB) to a temporary folder, and starts
-two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`), and then as many bytes of
-the files into fresh memory with nothing but readinto, in turn. Both with the system's page cache emptied of the files
-first ("cold") and with it filled ("warm"). What was loaded is compared with the written tensors first. Memory is what a
+two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the policy; twice the bytes are
+written that are read), and the whole into a bf16 replica (`model.weights.load_model`: the opponent); and in turn with
+each, as many bytes of the files into fresh memory with nothing but readinto. All with the system's page cache emptied of
+the files first ("cold") and with it filled ("warm"). What was loaded is compared with the written tensors first. Memory is what a
 rank's process grows to over its size before, resident file pages included; the floor is its shard. The loaded model is
 exported once, too: how much the process that writes grows meanwhile, and whether the tensors come back as they were.
 """
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from benchmarks.model import memory_status
 from model.config import ModelConfig
 from model.mistral import Mistral
-from model.weights import Checkpoint, write_checkpoint
+from model.weights import Checkpoint, load_model, write_checkpoint
 from spin.distributed import _shard_rows, ranks, sharded_model, whole
 
 
@@ -50,8 +51,8 @@ def forget(files: list[Path]) -> None:
         os.close(descriptor)
 
 
-def plain_read(files: list[Path], rank: int, world_size: int) -> torch.Tensor:
-    """This rank's share of every file's bytes, in fresh memory."""
+def plain_read(files: list[Path], rank: int = 0, world_size: int = 1) -> list[torch.Tensor]:
+    """A rank's share of every file's bytes, in fresh memory."""
     kept = []
     for file in files:
         share = file.stat().st_size // world_size
@@ -94,8 +95,12 @@ def work(path: Path, repeats: int) -> None:
         seconds: dict[str, list[float]] = {}
         for _ in range(repeats):
             for cache in ("cold", "warm"):
-                for name, read in (("ours", lambda: sharded_model(path, group, torch.bfloat16)),
-                                   ("plain read", lambda: plain_read(files, group.rank, group.world_size))):  # fmt: skip
+                for name, read in (
+                    ("shards", lambda: sharded_model(path, group, torch.bfloat16)),
+                    ("plain read of half", lambda: plain_read(files, group.rank, group.world_size)),
+                    ("replica", lambda: load_model(path)),
+                    ("plain read of all", lambda: plain_read(files)),
+                ):
                     if cache == "cold" and group.first:
                         forget(files)
                     group.barrier()
@@ -108,13 +113,16 @@ def work(path: Path, repeats: int) -> None:
         if group.first:
             size = sum(file.stat().st_size for file in files) / 1e9
             medians = {name: statistics.median(values) for name, values in seconds.items()}
-            ratios = {cache: medians[f"plain read, {cache}"] / medians[f"ours, {cache}"] for cache in ("cold", "warm")}
+            ratios = {
+                f"{ours}, {cache}": round(medians[f"plain read of {part}, {cache}"] / medians[f"{ours}, {cache}"], 2)
+                for ours, part in (("shards", "half"), ("replica", "all")) for cache in ("cold", "warm")
+            }  # fmt: skip
             for name, value in medians.items():
-                print(f"{name}: {value:.2f} s, {size / value:.2f} GB/s")
+                print(f"{name}: {value:.2f} s")
             print(f"peak memory of rank 0: {peak:.2f} GB; its shard {shard:.2f}, the largest tensor {largest:.2f}")
             print(f"growth while exporting: {export_peak:.2f} GB")
             print(json.dumps({
-                "name": "load", "ratio": round(ratios["cold"], 2), "ratio_warm": round(ratios["warm"], 2),
+                "name": "load", "ratio": ratios["shards, cold"], "ratios": ratios,
                 "checkpoint_gb": round(size, 2), "ranks": dist.get_world_size(),
                 "seconds": {name: round(value, 3) for name, value in medians.items()},
                 "peak_memory_gb": {"ours": round(peak, 3), "shard plus largest tensor": round(shard + largest, 3),
