@@ -21,38 +21,47 @@ log = logging.getLogger("model.attention")
 
 
 @lru_cache
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The first backend that can be had here, or the wanted one; says in the log which, once.
 
     Args:
         wanted: one of BACKENDS, or "auto"
+        device_type: "cuda" or "cpu"
 
     Raises ValueError for an unknown backend, or for a wanted one that cannot be had, with the reason.
     """
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"attention backend {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
     for backend in BACKENDS if wanted == "auto" else [wanted]:
-        reason = _unavailable(backend, device, dtype, head_dim)
+        reason = _unavailable(backend, device_type, dtype, head_dim)
         if not reason:
-            log.info("attention: %s (%s, %s, head size %d)", backend, device.type, dtype, head_dim)
+            log.info("attention: %s (%s, %s, head size %d)", backend, device_type, dtype, head_dim)
             return backend
+        if "does not load" in reason:
+            log.warning("attention: %s is passed over: %s", backend, reason)
     raise ValueError(f"attention backend {wanted!r} cannot be used: {reason}; choose another, or auto")
 
 
-def _unavailable(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _unavailable(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why a backend cannot be used; empty if it can."""
     if backend == "sdpa":
         return ""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
+    if device_type != "cuda":
+        return f"it needs a CUDA device, not {device_type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, not {dtype}"
     if head_dim % 8 or head_dim > 256:
         return f"it takes head sizes up to 256 in steps of 8, not {head_dim}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or later"
     if backend == "flash-attn":
-        return "" if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed"
+        if not importlib.util.find_spec("flash_attn"):
+            return "the package flash-attn is not installed"
+        try:
+            from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache  # noqa: F401
+        except ImportError as error:
+            return f"the installed package does not load ({error}); compile it against this torch"
+        return ""
     return "" if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no FlashAttention"
 
 
@@ -133,15 +142,30 @@ def attend(
     )[0]  # fmt: skip
 
 
+@dataclass
+class Decoding:
+    """How much of each slot's cache one decoding step reads: of slot n its first lengths[n] places, longest at most."""
+
+    lengths: Tensor  # (N,) int32
+    longest: int
+    q_offsets: Tensor  # (N + 1,) int32: one query a slot
+    k_offsets: Tensor  # (N + 1,) int32: where each slot begins
+
+    @classmethod
+    def at(cls, positions: Tensor, longest: int, slot_length: int) -> "Decoding":
+        """The step in which slot n's token at place positions[n] is new, and is seen."""
+        slots = torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device)
+        return cls((positions + 1).int(), longest, slots, slots * slot_length)
+
+
 def attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, window: int | None = None, backend: str = "sdpa"
+    q: Tensor, k: Tensor, v: Tensor, step: Decoding, window: int | None = None, backend: str = "sdpa"
 ) -> Tensor:
     """One new token per slot against the slot's cache, the new token's key and value included.
 
     Args:
         q: (N, H, D)    k, v: (N, L, K, D)
-        lengths: (N,) int32, keys of each slot that are valid, its first; the rest is ignored
-        longest: no length is greater
+        window: as in `attend`
 
     Returns: (N, H, D)
     """
@@ -152,26 +176,25 @@ def attend_cached(
         from flash_attn import flash_attn_with_kvcache
 
         out = flash_attn_with_kvcache(
-            q[:, None], k, v, cache_seqlens=lengths, causal=True, window_size=(left, -1 if window is None else 0)
+            q[:, None], k, v, cache_seqlens=step.lengths, causal=True, window_size=(left, -1 if window is None else 0)
         )
         return out[:, 0]
     if backend == "torch-flash":
-        steps = torch.arange(n + 1, dtype=torch.int32, device=q.device)
         return torch.ops.aten._flash_attention_forward(
-            q, k.flatten(0, 1), v.flatten(0, 1), steps, steps * slot, 1, slot, 0.0, False, False,
-            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=lengths,
+            q, k.flatten(0, 1), v.flatten(0, 1), step.q_offsets, step.k_offsets, 1, slot, 0.0, False, False,
+            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=step.lengths,
         )[0]  # fmt: skip
-    k, v = k[:, :longest], v[:, :longest]
-    at = torch.arange(longest, device=q.device)
-    mask = at < lengths[:, None]  # (N, longest)
+    k, v = k[:, : step.longest], v[:, : step.longest]
+    at = torch.arange(step.longest, device=q.device)
+    mask = at < step.lengths[:, None]  # (N, longest)
     if window is not None:
-        mask &= at >= lengths[:, None] - window
+        mask &= at >= step.lengths[:, None] - window
     # The query heads that share a key head are rows of one small matrix: no copy of the cache per head.
     out = F.scaled_dot_product_attention(
         q.view(n, kv_heads, heads // kv_heads, size),
         k.transpose(1, 2),  # (N, K, longest, D)
         v.transpose(1, 2),
-        attn_mask=mask[:, None, None, :].expand(n, 1, heads // kv_heads, longest),
+        attn_mask=mask[:, None, None, :].expand(n, 1, heads // kv_heads, step.longest),
     )
     return out.reshape(n, heads, size)
 

@@ -1,6 +1,7 @@
 """The architecture: read from a Hugging Face config.json or Mistral's params.json, or refused with the field named."""
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pathlib import Path
 IGNORED = set(
     """
     architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path _attn_implementation
-    _attn_implementation_autoset _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id
     is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
     output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript use_bfloat16
     tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp max_sequence_length
@@ -63,15 +64,18 @@ class ModelConfig:
     sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it; None: all
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02  # standard deviation of freshly drawn weights
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list = 2
     model_type: str = "mistral"  # or llama, which is the same without a window: what an export calls itself
 
     def __post_init__(self):
-        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"):
+        for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value} is not positive")
+            if value is not None and not 0 < value < 2**31:
+                raise ValueError(f"{name} = {value} is no size")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} is not a positive number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -93,21 +97,25 @@ class ModelConfig:
             raise ValueError(f"{where}: {field} = {values[field]!r} is not supported, only {only}")
 
         model_type = values.get("model_type", "mistral")
-        if model_type not in _DEFAULTS:
+        if model_type not in list(_DEFAULTS):
             refuse("model_type", "'mistral' and 'llama'")
         if values.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "'silu'")
-        # transformers 5 keeps theta in rope_parameters, and files of the transition have it in rope_scaling
-        rope_field = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-        rope = values.get(rope_field) or {}
-        if not isinstance(rope, dict) or {**rope, "rope_theta": 0} not in (
-            {"rope_theta": 0}, {"rope_theta": 0, "rope_type": "default"}, {"rope_theta": 0, "type": "default"}
-        ):  # fmt: skip
-            refuse(rope_field, "unscaled rotary embeddings")
-        if not str(values.get("tokenizer_class") or "Llama").startswith("Llama"):
+        rope: dict = {}  # transformers 5 keeps theta in here
+        for field in ("rope_parameters", "rope_scaling"):
+            if values.get(field):
+                unscaled = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0}
+                if rope or not isinstance(values[field], dict) or not (
+                    {**values[field], "rope_theta": None}.items() <= {**unscaled, "rope_theta": None}.items()
+                ):  # fmt: skip
+                    refuse(field, "rotary embeddings without scaling, given once")
+                rope = values[field]
+        if values.get("partial_rotary_factor") not in (None, 1.0):
+            refuse("partial_rotary_factor", "1.0")
+        if "Llama" not in str(values.get("tokenizer_class") or "Llama"):
             refuse("tokenizer_class", "LlamaTokenizer: a sentencepiece model")
         known = {field.name for field in fields(cls)}
-        checked = {"hidden_act", "rope_parameters", "rope_scaling", "tokenizer_class"}
+        checked = {"hidden_act", "rope_parameters", "rope_scaling", "partial_rotary_factor", "tokenizer_class"}
         for field in sorted(values.keys() - known - checked - IGNORED):
             if values[field]:
                 refuse(field, "a model without it (should it change nothing, add it to IGNORED in model/config.py)")
@@ -116,7 +124,8 @@ class ModelConfig:
         if missing:
             raise ValueError(f"{where}: no {', '.join(missing)}; is this the config.json of a language model?")
         kept = dict(_DEFAULTS[model_type]) if "model_type" in values else {}
-        kept |= {key: values[key] for key in known & values.keys() if values[key] is not None or key == "sliding_window"}
+        null = {"sliding_window", "bos_token_id"}  # where it says something; elsewhere it is a field left out
+        kept |= {key: values[key] for key in known & values.keys() if values[key] is not None or key in null}
         if "rope_theta" in rope:
             kept["rope_theta"] = rope["rope_theta"]
         if model_type == "llama":
@@ -124,7 +133,8 @@ class ModelConfig:
         for field in fields(cls):
             _check_type(where, field, kept)
         kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
-        kept.setdefault("head_dim", kept["hidden_size"] // kept["num_attention_heads"])
+        if "head_dim" not in kept:
+            kept["head_dim"] = kept["hidden_size"] // max(1, kept["num_attention_heads"])
         try:
             return cls(**kept)
         except ValueError as error:
@@ -136,7 +146,7 @@ class ModelConfig:
         for field, value in values.items():
             if field not in _PARAMS and value and (field, value) != ("model_type", "transformer"):
                 raise ValueError(f"{where}: {field} = {value!r} is not supported, only a dense decoder without it")
-        missing = [field for field in list(_PARAMS)[:8] if field not in values]
+        missing = [field for field in list(_PARAMS)[:8] if values.get(field) is None]
         if missing:
             raise ValueError(f"{where}: no {', '.join(missing)}; is this the params.json of a language model?")
         named = {_PARAMS[field]: value for field, value in values.items() if field in _PARAMS}
@@ -150,12 +160,7 @@ class ModelConfig:
         for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
             file = Path(path) / name
             if file.is_file():
-                try:
-                    values = json.loads(file.read_text())
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise ValueError(f"{file}: not JSON ({error})") from None
-                if not isinstance(values, dict):
-                    raise ValueError(f"{file}: not a JSON object")
+                values = read_object(file)
                 if name == "config.json" and "model_type" not in values:
                     raise ValueError(f"{file}: no model_type; is this the config.json of a language model?")
                 return read(values, str(file))
@@ -179,12 +184,23 @@ class ModelConfig:
         return result
 
 
+def read_object(file: Path) -> dict:
+    """The JSON object in a file. Raises ValueError, naming the file, if there is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return values
+
+
 def _check_type(where: str, field, values: dict) -> None:
     """Raise ValueError unless values[field.name], if there, is of the field's type; an int may stand for a float."""
     if field.name not in values:
         return
     value = values[field.name]
-    if field.type is float and type(value) is int:
+    if field.type is float and type(value) is int and abs(value) < 2**63:
         return
     if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
         raise ValueError(f"{where}: {field.name} = {value!r} is not {getattr(field.type, '__name__', field.type)}")

@@ -20,6 +20,7 @@ class KVCache:
         shape = (config.num_hidden_layers, slots, length, config.num_key_value_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = length
         self.longest = length  # of the sequences being decoded, kept by whoever decodes: attention looks no further
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Segments, attend, attend_cached, choose_backend
+from model.attention import Decoding, Segments, attend, attend_cached, choose_backend
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
 
     def forward(
-        self, x: Tensor, rope, backend: str, segments: Segments | None, cache: KVCache | None, slots, positions, lengths
+        self, x: Tensor, rope, backend: str, over: Segments | Decoding, cache: KVCache | None, slots, positions
     ) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
@@ -62,10 +62,10 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             cache.write(self.layer, k, v, slots, positions)
-        if segments is not None:
-            out = attend(q, k, v, segments, self.window, backend)  # (T, H, D)
+        if isinstance(over, Segments):
+            out = attend(q, k, v, over, self.window, backend)  # (T, H, D)
         else:
-            out = attend_cached(q, *cache.read(self.layer, len(q)), lengths, cache.longest, self.window, backend)
+            out = attend_cached(q, *cache.read(self.layer, len(q)), over, self.window, backend)
         return self.o_proj(out.flatten(1))  # (T, E)
 
 
@@ -165,10 +165,10 @@ class Mistral(nn.Module):
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
         rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        backend = choose_backend(self.attention, x.device, x.dtype, self.config.head_dim)
-        lengths = (positions + 1).int()  # of the sequences up to each token, as the decoding kernels count
+        backend = choose_backend(self.attention, x.device.type, x.dtype, self.config.head_dim)
+        over = segments if segments is not None else Decoding.at(positions, cache.longest, cache.length)
         for block in self.model["layers"]:
-            x = block(x, rope, backend, segments, cache, slots, positions, lengths)
+            x = block(x, rope, backend, over, cache, slots, positions)
         if at is not None:
             x = x[at]  # (R, E)
         x = self.model["norm"](x)

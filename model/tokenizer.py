@@ -79,7 +79,7 @@ class Tokenizer:
             yield self.decode_continuation(pending)
 
     def _complete(self, ids: list[int]) -> int:
-        """How many of these ids of bytes, all but the last known to begin a character, need wait for no other."""
+        """How many ids of bytes, from the first on, no later byte can change the meaning of."""
         text = bytes(int(self._model.id_to_piece(i)[3:-1], 16) for i in ids)  # <0xE2>
         for start in range(len(text)):
             try:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, read_object
 from model.mistral import Mistral
 from model.tokenizer import find_tokenizer
 
@@ -49,8 +49,8 @@ class Checkpoint:
 
     The files are, in this order of preference, Hugging Face's (model.safetensors, or shards with an index) or
     Mistral's own (consolidated.safetensors, or shards with an index). Opening reads the headers and no data. Raises
-    FileNotFoundError or ValueError, naming file and tensor, for an absent shard, a damaged file, or an index that does
-    not agree with its shards. Pickled weights are never opened.
+    FileNotFoundError or ValueError, naming file and tensor, for an absent shard, a damaged file, an index that does
+    not agree with its shards, or an index beside a single file. Pickled weights are never opened.
     """
 
     def __init__(self, path: str | Path):
@@ -59,6 +59,8 @@ class Checkpoint:
         declared = None  # {tensor: file name}, where there is an index
         for name in ("model.safetensors", "consolidated.safetensors"):
             index = self.path / f"{name}.index.json"
+            if index.is_file() and (self.path / name).is_file():
+                raise ValueError(f"{index}: stands beside {name}: two checkpoints; remove one of them")
             if index.is_file() or (self.path / name).is_file():
                 self._mistral = name.startswith("consolidated")
                 self._head_dim = ModelConfig.from_pretrained(path).head_dim if self._mistral else None
@@ -100,8 +102,9 @@ class Checkpoint:
         """Raise ValueError, naming file and tensor, unless the tensors are exactly the model's, by name and shape."""
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         found = set(self._entries)
-        if model.config.tie_word_embeddings:
-            found.discard("lm_head.weight")  # some writers store the shared matrix twice; `fill` compares the two
+        if model.config.tie_word_embeddings and "lm_head.weight" in found:
+            # Some writers store the shared matrix twice; `fill` compares the two.
+            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
         missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
         if missing or extra:
             parts = [f"lacks {_some(missing)}"] * bool(missing)
@@ -141,23 +144,22 @@ class Checkpoint:
         """
         self.check(model)
         unfilled = dict(model.named_parameters())
-        for name in self._entries:
-            rows = slice(None)
-            if name in unfilled:
-                target = unfilled.pop(name)
-                if shard is not None:
-                    target, rows = shard(target)
+        for name, (file, stored, _, _) in self._entries.items():
+            twice = name not in unfilled  # the tied matrix
+            parameter = model.lm_head.weight if twice else unfilled.pop(name)
+            target, rows = shard(parameter) if shard is not None else (parameter, slice(None))
+            if not twice:
                 target.copy_(self.read(name, rows))
-            elif not torch.equal(self.read(name), self.read("model.embed_tokens.weight")):
-                file, stored, _, _ = self._entries[name]
+            elif not torch.equal(self.read(name, rows), self.read("model.embed_tokens.weight", rows)):
                 raise ValueError(f"{file}: {stored} is not the embedding's matrix, as tie_word_embeddings has it")
         assert not unfilled, unfilled.keys()
 
     def _name(self, stored: str) -> str:
         """Hugging Face's name of a stored tensor."""
-        layer, rest, weight = re.fullmatch(r"(layers\.\d+\.)?(.*?)(\.weight)?", stored).groups(default="")
-        if not self._mistral or rest not in _MISTRAL_NAMES:
+        match = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.weight)", stored)
+        if not self._mistral or not match or match[2] not in _MISTRAL_NAMES:
             return stored
+        layer, rest, weight = match.groups(default="")
         return ("model." + layer if layer else "") + _MISTRAL_NAMES[rest] + weight
 
 
@@ -198,6 +200,8 @@ def write_checkpoint(
 ) -> None:
     """Write config.json, generation_config.json and the safetensors shards, asking `get` for one tensor at a time.
 
+    Raises FileExistsError if there are weights already: what they leave over would be taken for a part of the new ones.
+
     No more than one tensor is in memory. With `write` False, `get` is called in the same order and nothing is written:
     for processes that only take part in gathering.
     """
@@ -216,6 +220,9 @@ def write_checkpoint(
         names = ["model.safetensors"]
     if write:
         path.mkdir(parents=True, exist_ok=True)
+        old = sorted(path.glob("*.safetensors*"))
+        if old:
+            raise FileExistsError(f"{old[0]}: there are weights already; choose another directory, or remove it")
         text = json.dumps(config.to_dict(str(dtype).removeprefix("torch.")), indent=2)
         (path / "config.json").write_text(text + "\n")
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -270,9 +277,9 @@ def fingerprint(path: str | Path) -> str:
 def _read_index(index: Path) -> dict[str, str]:
     """{tensor: file name} of an index. Raises ValueError if it is not one."""
     try:
-        declared = json.loads(index.read_text())["weight_map"]
+        declared = read_object(index)["weight_map"]
         bad = [name for name in declared.values() if Path(name).name != name or not name.endswith(".safetensors")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     if bad or not declared:
         raise ValueError(f"{index}: points to {bad[0] if bad else 'nothing'}, not to a .safetensors file of its folder")
@@ -284,12 +291,14 @@ def _first_cut(file: Path) -> str:
     with open(file, "rb") as stream:
         room = file.stat().st_size - 8
         size = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(max(0, min(size, room))))
-            cut = {n: e["data_offsets"][0] for n, e in header.items() if e.get("data_offsets", [0, 0])[1] > room - size}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        if size > min(room, 10**8):
             return ""
-    return f": cut in {min(cut, key=cut.get)}" if cut else ""
+        try:
+            header = json.loads(stream.read(size))
+            ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            return ": cut in " + min((start, name) for name, (start, end) in ends.items() if end > room - size)[1]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return ""
 
 
 def _some(names: list[str]) -> str:

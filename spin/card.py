@@ -34,7 +34,8 @@ def model_card(config: Config, iteration: int, model: ModelConfig, directory: Pa
         ("Weights", config.model.save_dtype),
     ]
     shown = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in metrics.items()]
-    prompt = "".join(p or "</s>" for p in render([{"role": "user", "content": "Why is the sky blue?"}], part.template))
+    parts = render([{"role": "user", "content": "Why is the sky blue?"}], part.template)
+    prompt = "".join("</s>" if part is None else part for part in parts)  # as sentencepiece models of this kind have it
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -50,7 +50,8 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
                 load_heldout(config, Counter())
         opponent = config.model_dir(n - 1)
         if opponent.is_dir():
-            _check_model(opponent, Tokenizer(opponent), config)
+            used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
+            _check_model(opponent, Tokenizer(opponent), config, used)
         elif n == 0 and not config.model.base:
             base_source(config)
         elif n == 0:
@@ -101,11 +102,11 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     tokenizer_path = Path(part.tokenizer or part.init)
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:
-        _check_model(Path(part.init), tokenizer, config)
+        _check_model(Path(part.init), tokenizer, config, (part,))
         return Path(part.init), tokenizer_path, tokenizer
     ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
-    _check_attention(config, architecture)
+    _check_attention(config, architecture, (part,))
     return architecture, tokenizer_path, tokenizer
 
 
@@ -257,22 +258,22 @@ def _remedy(directory: Path) -> str:
     return f"put it back as it was, choose another --run.dir, or remove {directory} to start it anew"
 
 
-def _check_model(path: Path, tokenizer: Tokenizer, config: Config) -> None:
-    """Raise ValueError or OSError unless architecture, weights and tokenizer go together and attention can be computed."""
+def _check_model(path: Path, tokenizer: Tokenizer, config: Config, used: tuple) -> None:
+    """Raise ValueError or OSError unless architecture, weights and tokenizer go together, and attention can be had."""
     architecture = ModelConfig.from_pretrained(path)
     with torch.device("meta"):
         Checkpoint(path).check(Mistral(architecture))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {architecture.vocab_size}"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocab_size of {architecture.vocab_size}"
         )
-    _check_attention(config, architecture)
+    _check_attention(config, architecture, used)
 
 
-def _check_attention(config: Config, architecture: ModelConfig) -> None:
-    """Raise ValueError if the attention backend that model.attention asks for cannot be had."""
-    for part in (config.generate, config.train, config.sft, config.evaluate):
-        choose_backend(config.model.attention, this_device(), getattr(torch, part.dtype), architecture.head_dim)
+def _check_attention(config: Config, architecture: ModelConfig, used: tuple) -> None:
+    """Raise ValueError if model.attention cannot be had in the dtype of a part that will be used."""
+    for part in used:
+        choose_backend(config.model.attention, this_device().type, getattr(torch, part.dtype), architecture.head_dim)
 
 
 def _summary(counts: Counter) -> str:

@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from conftest import random_ids, small_config
+from conftest import random_ids, small_model
 
-from model.attention import BACKENDS, Segments, _unavailable, attend, attend_cached, choose_backend
+from model.attention import BACKENDS, Decoding, Segments, _unavailable, attend, attend_cached, choose_backend
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
+from model.sampler import generate
 from spin.logps import response_logps
 from spin.packing import Item, pack
 
-GPU = torch.device("cuda")
+GPU = "cuda"
 # Relative root mean square error against the fp32 twin. A product of two numbers rounded to n bits of mantissa is off by
 # about 2^-n, and FlashAttention rounds the probabilities too; sums average that out.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -95,7 +96,7 @@ def test_attention_over_the_cache_is_the_last_row_of_causal_attention(window):
     torch.manual_seed(0)
     lengths = [1, 6, 9]
     k, v, q = torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 4, 8)
-    ours = attend_cached(q, k, v, torch.tensor(lengths, dtype=torch.int32), max(lengths), window)
+    ours = attend_cached(q, k, v, Decoding.at(torch.tensor(lengths) - 1, max(lengths), 12), window)
     for row, n in enumerate(lengths):
         full_q = torch.randn(n, 4, 8)
         full_q[-1] = q[row]
@@ -118,7 +119,9 @@ def documented(q, k, v, window) -> torch.Tensor:
 
 
 def documented_varlen(q, k, v, q_offsets, k_offsets, longest_q, longest_k, causal, window_size, lengths=None):
-    assert q_offsets.dtype == k_offsets.dtype == torch.int32
+    for offsets in (q_offsets, k_offsets):  # what mha_varlen_fwd demands of its arguments
+        assert offsets.dtype == torch.int32 and offsets.is_contiguous() and len(offsets) == len(q_offsets)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.shape[1] % k.shape[1] == 0
     window = (window_size[0], 0) if causal else window_size
     parts = []
     for i, ((a, b), (c, d)) in enumerate(zip(zip(q_offsets, q_offsets[1:]), zip(k_offsets, k_offsets[1:]))):
@@ -186,13 +189,27 @@ def test_what_is_asked_of_the_kernels_is_what_the_twin_computes(documented_kerne
 def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(documented_kernels, backend, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
-    lengths = torch.tensor([1, 12, 7], dtype=torch.int32)
-    expected = attend_cached(q, k, v, lengths, 12, window)
-    torch.testing.assert_close(attend_cached(q, k, v, lengths, 12, window, backend), expected, atol=1e-5, rtol=1e-4)
+    for lengths, longest in (([1, 12, 7], 12), ([1, 4, 7], 7)):  # whole slots, and the beginnings of slots
+        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12)
+        ours, expected = (attend_cached(q, k, v, step, window, name) for name in (backend, "sdpa"))
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_7b_shape_goes_through_the_kernels_own_shape_rules(monkeypatch):
-    # On the meta device torch runs the op's registered shape functions, forward and backward, without a GPU.
+@pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
+def test_a_model_gives_the_same_through_what_is_asked_of_the_kernels(documented_kernels, backend, monkeypatch):
+    asked = []
+    model = small_model(sliding_window=6)
+    rng = random.Random(0)
+    prompts = [random_ids(rng, n) for n in (3, 11, 1, 7)]
+    expected = generate(model, prompts, max_new_tokens=12, slots=2)
+    model.attention = backend
+    monkeypatch.setattr("model.mistral.choose_backend", lambda wanted, *_: asked.append(wanted) or wanted)
+    assert generate(model, prompts, max_new_tokens=12, slots=2) == expected
+    assert set(asked) == {backend}
+
+
+def test_the_7b_shape_passes_forward_backward_and_decoding_without_memory(monkeypatch):
+    # On the meta device: shapes and arguments bind to the op; what the kernel itself demands is not checked there.
     monkeypatch.setattr("model.mistral.choose_backend", lambda *_: "torch-flash")
     config = ModelConfig(32000, 4096, 14336, 2, 32, 8, 128, sliding_window=4096)
     with torch.device("meta"):
@@ -212,7 +229,7 @@ def test_on_a_cpu_the_twin_is_chosen_and_the_log_says_so(caplog):
     choose_backend.cache_clear()
     caplog.set_level("INFO")
     for _ in range(2):
-        assert choose_backend("auto", torch.device("cpu"), torch.bfloat16, 128) == "sdpa"
+        assert choose_backend("auto", "cpu", torch.bfloat16, 128) == "sdpa"
     assert [record.message for record in caplog.records] == ["attention: sdpa (cpu, torch.bfloat16, head size 128)"]
 
 
@@ -227,7 +244,38 @@ def test_on_a_cpu_the_twin_is_chosen_and_the_log_says_so(caplog):
 )
 def test_a_backend_that_is_wanted_and_cannot_be_had_is_an_error(backend, device, dtype, size, message):
     with pytest.raises(ValueError, match=message):
-        choose_backend(backend, torch.device(device), dtype, size)
+        choose_backend(backend, device, dtype, size)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """As far as the choice can see, a GPU of compute capability 9.0 and no flash-attn."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    choose_backend.cache_clear()
+    yield monkeypatch
+    choose_backend.cache_clear()
+
+
+def test_on_a_gpu_the_first_backend_that_can_be_had_is_chosen(pretended_gpu):
+    assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "torch-flash"
+    assert choose_backend("auto", "cuda", torch.float32, 128) == "sdpa"
+    assert choose_backend("auto", "cuda", torch.bfloat16, 512) == "sdpa"
+    with pytest.raises(ValueError, match="the package flash-attn is not installed"):
+        choose_backend("flash-attn", "cuda", torch.bfloat16, 128)
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        choose_backend("torch-flash", "cuda", torch.bfloat16, 128)
+
+
+def test_a_flash_attn_that_does_not_load_is_passed_over_aloud_and_an_error_if_forced(pretended_gpu, caplog):
+    pretended_gpu.setattr("importlib.util.find_spec", lambda name: object())
+    pretended_gpu.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
+    assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "torch-flash"
+    assert "flash-attn is passed over: the installed package does not load" in caplog.text
+    with pytest.raises(ValueError, match="does not load .*; compile it against this torch"):
+        choose_backend("flash-attn", "cuda", torch.bfloat16, 128)
 
 
 def available(backend, dtype, size) -> None:
@@ -259,13 +307,13 @@ def test_on_a_gpu_every_backend_is_the_fp32_twin_within_rounding(heads, kv_heads
 def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
     available(backend, torch.bfloat16, 128)
     draw = lambda *shape: torch.randn(*shape, 128, device=GPU, dtype=torch.bfloat16)  # noqa: E731
-    lengths = torch.tensor([1, 700, 64, 65, 333], dtype=torch.int32, device=GPU)
+    step = Decoding.at(torch.tensor([1, 700, 64, 65, 333], device=GPU) - 1, 700, slot_length=900)
     for heads, kv_heads in ((4, 4), (8, 2), (8, 1)):
         for window in (None, 100):
             torch.manual_seed(0)
-            q, k, v = draw(5, heads), draw(5, 700, kv_heads), draw(5, 700, kv_heads)
-            expected = attend_cached(q.float(), k.float(), v.float(), lengths, 700, window)
-            ours = attend_cached(q, k, v, lengths, 700, window, backend)
+            q, k, v = draw(5, heads), draw(5, 900, kv_heads), draw(5, 900, kv_heads)
+            expected = attend_cached(q.float(), k.float(), v.float(), step, window)
+            ours = attend_cached(q, k, v, step, window, backend)
             assert error(ours, expected) < TOLERANCE[torch.bfloat16], (heads, kv_heads, window)
 
 
@@ -274,8 +322,8 @@ def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
 def test_on_a_gpu_a_model_in_bf16_is_the_same_model_in_fp32_on_the_cpu_within_rounding():
     rng = random.Random(0)
     items = [Item(random_ids(rng, 9), (random_ids(rng, 30), random_ids(rng, 17))) for _ in range(4)]
-    model = Mistral(small_config(hidden_size=256, head_dim=64)).init_weights(0)
+    model = small_model(hidden_size=256, head_dim=64)  # its attention is far from uniform: without it, 0.07 off
     expected = response_logps(model, pack(items)).detach()
     assert choose_backend("auto", GPU, torch.bfloat16, 64) != "sdpa"
     ours = response_logps(model.to(GPU, torch.bfloat16), pack(items).to(GPU)).detach().cpu()
-    assert error(ours, expected) < TOLERANCE[torch.bfloat16]
+    assert error(ours, expected) < 2e-2

@@ -253,7 +253,7 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not an index"),
+        ("{", "not JSON"),
         ("{}", "not an index"),
         ('{"weight_map": []}', "not an index"),
         ('{"weight_map": {}}', "points to nothing"),
@@ -264,6 +264,9 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
 def test_an_index_that_points_nowhere_is_refused(tmp_path, text, message):
     _, path = saved(tmp_path)
     (path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=f"{INDEX}: stands beside model.safetensors"):
+        Checkpoint(path)
+    (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{INDEX}: {message}"):
         Checkpoint(path)
 
