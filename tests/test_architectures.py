@@ -107,6 +107,15 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
         ("rope_scaling", "linear"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("partial_rotary_factor", 0.5),
+        ("rope_theta", 0.0),
+        ("rope_theta", float("nan")),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", -1.0),
+        ("vocab_size", -5),
+        ("hidden_size", 10**30),
+        ("num_attention_heads", 0),
+        ("model_type", []),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
@@ -126,11 +135,20 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused_by_field(fiel
         ModelConfig.from_dict(small_config().to_dict("float32") | {field: value})
 
 
+def test_rotary_settings_in_two_places_are_refused():
+    two = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(ValueError, match="config.json: rope_scaling.*given once"):
+        ModelConfig.from_dict(small_config().to_dict("float32") | two)
+
+
 def test_unknown_fields_that_are_off_and_known_ones_that_change_nothing_are_ignored():
     values = small_config().to_dict("float32")
     more = {"qk_norm": False, "num_experts": 0, "transformers_version": "9.9", "_name_or_path": "x", "rope_scaling": None,
-            "tokenizer_class": "LlamaTokenizerFast", "unsloth_version": "2024.9", "pretraining_tp": 2}  # fmt: skip
+            "tokenizer_class": "LlamaTokenizerFast", "unsloth_version": "2024.9", "pretraining_tp": 2,
+            "partial_rotary_factor": 1.0, "_flash_attn_2_enabled": True}  # fmt: skip
     assert ModelConfig.from_dict(values | more) == small_config()
+    unscaled = {"rope_scaling": {"type": "default", "rope_type": "default"}, "eos_token_id": [2, 7], "bos_token_id": None}
+    assert ModelConfig.from_dict(values | unscaled) == small_config(eos_token_id=[2, 7], bos_token_id=None)
 
 
 # params.json of mistral-inference's downloads.
@@ -145,6 +163,8 @@ def test_mistrals_own_params_are_the_same_architecture():
     old = {**PARAMS, "vocab_size": 32000, "sliding_window": 4096}
     del old["rope_theta"]  # mistral-inference: 10,000 with a window, else 1,000,000
     assert ModelConfig.from_params(old) == ModelConfig.from_dict(PUBLISHED["Mistral-7B-v0.1"][0])
+    del old["sliding_window"]
+    assert ModelConfig.from_params(old).rope_theta == 1e6
 
 
 @pytest.mark.parametrize("field", ["moe", "quantization", "vision_encoder", "yarn", "lora"])
@@ -156,7 +176,7 @@ def test_params_of_what_is_no_dense_decoder_are_refused_by_field(field):
 def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
         ModelConfig.from_pretrained(tmp_path)
-    for text, message in (("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "no model_type"),
+    for text, message in (("{", "not JSON"), ("[" * 9999, "not JSON"), ("1" * 5000, "not JSON"), ("[]", "not a JSON object"), ("{}", "no model_type"),
                           (json.dumps({"model_type": "llama"}), "no vocab_size")):  # fmt: skip
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f"config.json: {message}"):

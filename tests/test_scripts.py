@@ -79,6 +79,24 @@ def test_the_exported_model_loads_in_transformers_with_the_same_logits(finished)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_the_exported_model_says_what_it_is(finished):
+    run, _ = finished
+    card = (run / "iter1/model/README.md").read_text()
+    last = metrics(run / "iter1")[-1]
+    for said in ("SPIN, iteration 1", str(run / "base/model"), str(run / "iter0/model"), "98 examples, 49 of them replayed",
+                 f"| loss | {last['loss']:.4g} |", "AutoModelForCausalLM.from_pretrained", "vllm serve", "Why is the sky blue?",
+                 "num_prompts = 49", json.loads((run / "iter1/inputs.json").read_text())["opponent"]):  # fmt: skip
+        assert said in card, said
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "SFT model" in (run / "base/model/README.md").read_text()
+    assert json.loads((run / "iter1/model/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_the_attention_backend_is_named_in_the_log(finished):
+    _, output = finished
+    assert output.count("attention: sdpa (cpu, torch.float32, head size 16)") == 1
+
+
 def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
     run, _ = finished
     before = {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()}
@@ -323,6 +341,7 @@ def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recip
         (["--data.num_prompts=999"], "num_prompts = 999"),
         (["--trian.lr=1"], "did you mean train.lr"),
         (["--verbose"], "not of the form"),
+        (["--model.attention=torch-flash"], "'torch-flash' cannot be used: it needs a CUDA device, not cpu"),
     ],
 )
 def test_what_a_later_stage_would_trip_over_is_refused_before_the_first(recipe, tmp_path, overrides, message):

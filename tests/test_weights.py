@@ -3,10 +3,12 @@
 import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import random_ids, reference, small_config, small_model
+from conftest import ROOT, environment, random_ids, reference, small_config, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -189,7 +191,98 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path, native):
                 assert torch.equal(checkpoint.read(name, slice(start, stop)), whole[start:stop]), (name, start, stop)
 
 
+RANKS = """
+import sys, torch
+from pathlib import Path
+from model.weights import load_model
+from spin.distributed import ranks, sharded_model, whole
+path = Path(sys.argv[1])
+with ranks() as group:
+    model, expected = sharded_model(path, group, torch.float32, attention="sdpa"), load_model(path, torch.float32)
+    assert model.attention == "sdpa"
+    shards = [parameter.to_local().shape[0] for parameter in model.parameters()]
+    for (name, parameter), (same, other) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert name == same and torch.equal(whole(parameter), other), name
+    Path(sys.argv[2], f"rank{group.rank}").write_text(str(sum(shards)))
+"""
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path, native):
+    model, path = saved(tmp_path)  # 97, 32 and 16 rows, none a multiple of 3
+    if native:
+        path = tmp_path / "native"
+        as_mistral_writes(model, path)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run(
+        [*launch, str(script), str(path), str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [int((tmp_path / f"rank{rank}").read_text()) for rank in range(3)]
+    assert sum(rows) == sum(len(parameter) for parameter in model.parameters()) and rows[0] > rows[2]
+
+
+def test_the_attention_backend_that_is_asked_for_reaches_the_model(tmp_path):
+    _, path = saved(tmp_path)
+    assert load_model(path).attention == "auto"
+    model = load_model(path, attention="torch-flash")
+    assert model.attention == "torch-flash"
+    with pytest.raises(ValueError, match="'torch-flash' cannot be used"):
+        model(torch.tensor([3]), torch.tensor([0]), Segments.causal([1]))
+
+
+def test_hugging_faces_files_are_preferred_to_mistrals(tmp_path):
+    model, path = saved(tmp_path)
+    as_mistral_writes(small_model(seed=1), tmp_path / "native")
+    for file in (tmp_path / "native").iterdir():
+        file.rename(path / file.name)
+    assert torch.equal(load_model(path, torch.float32).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tokenizers_files_and_the_sources_generation_config_travel_along(tmp_path, letters):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.model.v3").write_bytes(letters.file.read_bytes())
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "pytorch_model.bin"):
+        (source / name).write_text(name)
+    save_model(small_model(), tmp_path / "m", torch.float32, tokenizer=source)
+    assert (tmp_path / "m/tokenizer.model").read_bytes() == letters.file.read_bytes()
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "m" / name).read_text() == name
+    assert not (tmp_path / "m/pytorch_model.bin").exists()
+
+
 # Refusals.
+
+
+def test_weights_are_not_written_beside_others(tmp_path):
+    model, path = saved(tmp_path)
+    with pytest.raises(FileExistsError, match="model.safetensors: there are weights already"):
+        save_model(model, path, torch.float32)
+
+
+def test_a_tensor_that_two_shards_have_is_refused(tmp_path):
+    _, path = saved(tmp_path, max_shard_bytes=20_000)
+    first, second = sorted(path.glob("*.safetensors"))[:2]
+    tensors = load_file(second)
+    save_file(tensors | load_file(first), second)
+    with pytest.raises(ValueError, match=f"{second.name}: tensor .* is also in {first.name}"):
+        Checkpoint(path)
+
+
+def test_odd_headers_are_refused_in_words(tmp_path):
+    _, path = saved(tmp_path)
+    change(path, lambda t: t.update({"a\nb": torch.zeros(2)}))
+    with pytest.raises(ValueError, match="has unknown a\nb"):
+        load_model(path)
+    file = path / "model.safetensors"
+    for header in (b"[" * 5000, b'{"a": {"data_offsets": ["x", 9e99]}}', b'{"a": 1}'):
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
+            Checkpoint(path)
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
@@ -223,6 +316,9 @@ def test_a_tied_matrix_that_is_stored_twice_must_be_the_same_twice(tmp_path):
     load_model(path)
     change(path, lambda t: t[HEAD][3, 3].add_(1))
     with pytest.raises(ValueError, match=f"model.safetensors: {HEAD} is not the embedding's matrix"):
+        load_model(path)
+    change(path, lambda t: t.update({HEAD: torch.tensor(1.0)}))
+    with pytest.raises(ValueError, match=rf"{HEAD} has shape \[\]"):
         load_model(path)
 
 
