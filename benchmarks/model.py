@@ -112,6 +112,24 @@ def compare(ours: Ours, theirs: Transformers, batch) -> dict[str, float]:
     return {"loss": abs(float(a.detach()) - float(b.detach())), "gradient": worst}
 
 
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of a few: the ceiling."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
+
+
+def floor(backward: bool) -> int:
+    """FLOPs that a token needs: two for each weight of a matrix, four more backward (attention itself adds 1%)."""
+    embedding = CONFIG.vocab_size * CONFIG.hidden_size
+    weights = sum(p.numel() for p in Mistral(CONFIG).parameters() if p.dim() > 1) - embedding
+    return (6 if backward else 2) * weights
+
+
 def peak_memory(kind: str, dtype: torch.dtype, batches) -> float:
     """GB that a process's memory grows to while it trains on the batches: weights, gradients and activations."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -157,6 +175,8 @@ def main() -> None:
     if result["agreed"]["loss"] > limits[0] or result["agreed"]["gradient"] > limits[1]:
         raise SystemExit(f"the two sides computed different things: {result['agreed']}")
 
+    rate = matmul_rate(dtype)
+    result["matmul GFLOP/s"] = round(rate / 1e9)
     for load, batches in loads.items():
         tokens = sum(len(text) for batch in batches for text in batch)
         padded = sum(len(batch) * max(map(len, batch)) for batch in batches)
@@ -169,10 +189,11 @@ def main() -> None:
                         seconds[name].append(taken)
             a, b = (statistics.median(values) for values in seconds.values())
             what = f"{load} {'forward+backward' if backward else 'forward'}"
+            share = tokens / a * floor(backward) / rate
             result[what] = {"ratio": round(b / a, 2), "ours tokens/s": round(tokens / a),
-                            "transformers tokens/s": round(tokens / b)}  # fmt: skip
-            print(f"{what}: {b / a:.2f}x ({tokens / a:.0f} against {tokens / b:.0f} tokens/s; "
-                  f"{tokens / padded:.0%} of the padded tokens are useful)")  # fmt: skip
+                            "transformers tokens/s": round(tokens / b), "share of matmul rate": round(share, 2)}  # fmt: skip
+            print(f"{what}: {b / a:.2f}x ({tokens / a:.0f} against {tokens / b:.0f} tokens/s; {share:.0%} of the matmul "
+                  f"rate; {tokens / padded:.0%} of the padded tokens are useful)")  # fmt: skip
     memory = {kind: round(peak_memory(kind, dtype, loads["ragged"]), 2) for kind in ("ours", "transformers")}
     print(f"peak memory of training steps: {memory} GB")
     result["ratio"] = result["ragged forward+backward"]["ratio"]
