@@ -118,7 +118,7 @@ class ModelConfig:
         checked = {"hidden_act", "rope_parameters", "rope_scaling", "partial_rotary_factor", "tokenizer_class"}
         for field in sorted(values.keys() - known - checked - IGNORED):
             if values[field]:
-                refuse(field, "a model without it (should it change nothing, add it to IGNORED in model/config.py)")
+                refuse(field, "a model without it (IGNORED in model/config.py lists what changes nothing)")
 
         missing = [field for field in _SIZES if values.get(field) is None]
         if missing:

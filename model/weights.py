@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.attention import choose_backend
 from model.config import ModelConfig, read_object
 from model.mistral import Mistral
 from model.tokenizer import find_tokenizer
@@ -68,8 +69,10 @@ class Checkpoint:
                 break
         else:
             pickled = sorted(file.name for file in self.path.glob("*") if file.suffix in (".bin", ".pth", ".pt"))
+            shards = sorted(file.name for file in self.path.glob("*.safetensors"))
             raise FileNotFoundError(
                 f"{self.path / 'model.safetensors'}: no such file, nor {INDEX}, nor consolidated.safetensors"
+                + (f"; {shards[0]} is there without the index of its shards" if shards else "")
                 + (f"; {pickled[0]} is pickled and never opened: convert it to safetensors" if pickled else "")
             )
         self.files = [self.path / file for file in sorted(set(declared.values()))] if declared else [self.path / name]
@@ -168,10 +171,11 @@ def load_model(
 ) -> Mistral:
     """The model in a checkpoint directory, in eval mode. Raises ValueError or OSError naming file and tensor.
 
-    `attention` is a backend of model/attention.py.
+    `attention` is a backend of model/attention.py; one that cannot be had is a ValueError before anything is read.
     """
     with torch.device("meta"):
         model = Mistral(ModelConfig.from_pretrained(path), attention).to(dtype)
+    choose_backend(attention, torch.device(device).type, dtype, model.config.head_dim)
     checkpoint = Checkpoint(path)
     checkpoint.check(model)
     model.to_empty(device=device)

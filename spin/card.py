@@ -57,9 +57,10 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("<this directory>", dtype="auto")
 ```
 
-or `vllm serve <this directory>`, or `model.weights.load_model("<this directory>")` in the code that made it. Where there
-is a tokenizer.json, `AutoTokenizer` gives the right ids; with tokenizer.model alone, use sentencepiece on that file. It was
-trained on prompts of this form, without a beginning-of-sequence token:
+or `model.weights.load_model("<this directory>")` in the code that made it, where `Tokenizer.encode_prompt` gives a prompt's
+ids. `AutoTokenizer`, and `vllm serve`, which uses it, need a tokenizer.json; where the base model had none, there is none
+here. It was trained on prompts of this form, without a beginning-of-sequence token (`</s>` is the one token that ends a
+turn, not its characters):
 
 ```
 {prompt}

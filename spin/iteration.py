@@ -182,6 +182,8 @@ def opponent_logps(
     file = directory / "opponent_logps.safetensors"
     if not ranks.from_first(file.is_file):
         result = score(model, items, config.train.token_budget, config.train.logit_chunk, ranks)
+        if not result.isfinite().all():
+            raise ValueError(f"{directory}: the opponent's log-probabilities are not finite; are its weights damaged?")
         if ranks.first:
             columns = {"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}
             commit_bytes(file, save(columns, metadata={"pairs": pairs}))

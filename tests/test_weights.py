@@ -228,8 +228,10 @@ def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path, native):
 def test_the_attention_backend_that_is_asked_for_reaches_the_model(tmp_path):
     _, path = saved(tmp_path)
     assert load_model(path).attention == "auto"
-    model = load_model(path, attention="torch-flash")
-    assert model.attention == "torch-flash"
+    assert load_model(path, attention="sdpa").attention == "sdpa"
+    with pytest.raises(ValueError, match="'torch-flash' cannot be used"):
+        load_model(path, attention="torch-flash")
+    model = Mistral(small_config(), attention="torch-flash")
     with pytest.raises(ValueError, match="'torch-flash' cannot be used"):
         model(torch.tensor([3]), torch.tensor([0]), Segments.causal([1]))
 
@@ -369,7 +371,10 @@ def test_an_index_that_points_nowhere_is_refused(tmp_path, text, message):
 
 def test_pickled_weights_are_never_opened(tmp_path):
     _, path = saved(tmp_path)
-    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    with pytest.raises(FileNotFoundError, match="model-00001-of-00002.safetensors is there without the index"):
+        load_model(path)
+    (path / "model-00001-of-00002.safetensors").unlink()
     for name in ("pytorch_model.bin", "consolidated.00.pth"):
         (path / name).write_bytes(b"not even a pickle")
         with pytest.raises(FileNotFoundError, match=f"{name} is pickled and never opened: convert it to safetensors"):
