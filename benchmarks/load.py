@@ -3,12 +3,12 @@
     python -m benchmarks.load [--gigabytes 1.3] [--repeats 5]
 
 Writes a checkpoint of bf16 weights (random, Hugging Face shards of at most 500 MB) to a temporary folder, and starts
-two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the policy; twice the bytes are
-written that are read), and the whole into a bf16 replica (`model.weights.load_model`: the opponent); and in turn with
+two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the policy; twice the bytes
+are written that are read), and the whole into a bf16 replica (`model.weights.load_model`: the opponent); and in turn with
 each, as many bytes of the files into fresh memory with nothing but readinto. All with the system's page cache emptied of
-the files first ("cold") and with it filled ("warm"). What was loaded is compared with the written tensors first. Memory is what a
-rank's process grows to over its size before, resident file pages included; the floor is its shard. The loaded model is
-exported once, too: how much the process that writes grows meanwhile, and whether the tensors come back as they were.
+the files first ("cold") and with it filled ("warm"). What was loaded is compared with the written tensors first. Memory
+is what a rank's process grows to over its size before, resident file pages included; the floor is its shard. The loaded
+model is exported once, too: how much the writing process grows, and whether the tensors come back as they were.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from benchmarks.model import memory_status
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import Checkpoint, load_model, write_checkpoint
-from spin.distributed import _shard_rows, ranks, sharded_model, whole
+from spin.distributed import shard_rows, ranks, sharded_model, whole
 
 
 def write(path: Path, gigabytes: float) -> None:
-    """A checkpoint of about that size; every layer has 2 · 50M parameters, and the embeddings 2 · 66M."""
+    """A checkpoint of about that size in bf16: a layer has 54.5M parameters, embedding and head have 131M."""
     layers = max(1, round((gigabytes * 1e9 / 2 - 131e6) / 54.5e6))
     config = ModelConfig(32000, 2048, 7168, layers, 16, 4, 128)
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def work(path: Path, repeats: int) -> None:
         largest = max(parameter.numel() for parameter in model.parameters()) * 2 / 1e9  # in the file: bf16
         checkpoint = Checkpoint(path)
         for name, parameter in model.named_parameters():
-            if not torch.equal(parameter.to_local(), checkpoint.read(name, _shard_rows(parameter)).float()):
+            if not torch.equal(parameter.to_local(), checkpoint.read(name, shard_rows(parameter)).float()):
                 raise SystemExit(f"{name} was not loaded as it was written")
         before = memory_status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here

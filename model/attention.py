@@ -37,8 +37,6 @@ def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: 
         if not reason:
             log.info("attention: %s (%s, %s, head size %d)", backend, device_type, dtype, head_dim)
             return backend
-        if "does not load" in reason:
-            log.warning("attention: %s is passed over: %s", backend, reason)
     raise ValueError(f"attention backend {wanted!r} cannot be used: {reason}; choose another, or auto")
 
 
@@ -60,7 +58,9 @@ def _unavailable(backend: str, device_type: str, dtype: torch.dtype, head_dim: i
         try:
             from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache  # noqa: F401
         except ImportError as error:
-            return f"the installed package does not load ({error}); compile it against this torch"
+            reason = f"the installed package does not load ({error}); compile it against this torch"
+            log.warning("attention: no flash-attn: %s", reason)  # who installed it expects it to be used
+            return reason
         return ""
     return "" if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no FlashAttention"
 

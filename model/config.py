@@ -29,7 +29,7 @@ _DEFAULTS = {
     },
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
 }
-# Hugging Face's names of Mistral's own fields; the last two are some files' alone.
+# Hugging Face's names of Mistral's own fields.
 _PARAMS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -146,7 +146,8 @@ class ModelConfig:
         for field, value in values.items():
             if field not in _PARAMS and value and (field, value) != ("model_type", "transformer"):
                 raise ValueError(f"{where}: {field} = {value!r} is not supported, only a dense decoder without it")
-        missing = [field for field in list(_PARAMS)[:8] if values.get(field) is None]
+        required = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
+        missing = [field for field, name in _PARAMS.items() if name in required and values.get(field) is None]
         if missing:
             raise ValueError(f"{where}: no {', '.join(missing)}; is this the params.json of a language model?")
         named = {_PARAMS[field]: value for field, value in values.items() if field in _PARAMS}

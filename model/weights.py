@@ -177,7 +177,7 @@ def load_model(
         model = Mistral(ModelConfig.from_pretrained(path), attention).to(dtype)
     choose_backend(attention, torch.device(device).type, dtype, model.config.head_dim)
     checkpoint = Checkpoint(path)
-    checkpoint.check(model)
+    checkpoint.check(model)  # before memory is taken
     model.to_empty(device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight

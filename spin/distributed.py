@@ -139,15 +139,15 @@ def sharded_model(
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
     if not isinstance(source, ModelConfig):
-        checkpoint.fill(model, lambda parameter: (parameter.to_local(), _shard_rows(parameter)))
+        checkpoint.fill(model, lambda parameter: (parameter.to_local(), shard_rows(parameter)))
         return model
     with torch.no_grad():
         for parameter, values in model.draw_weights(seed):
-            parameter.to_local().copy_(values[_shard_rows(parameter)])
+            parameter.to_local().copy_(values[shard_rows(parameter)])
     return model
 
 
-def _shard_rows(parameter: DTensor) -> slice:
+def shard_rows(parameter: DTensor) -> slice:
     """The rows of the whole parameter that this rank holds: torch.chunk's, as FSDP2 shards them."""
     mesh = parameter.device_mesh
     size = -(-parameter.shape[0] // mesh.size())

@@ -183,7 +183,6 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path, native):
         path = tmp_path / "native"
         as_mistral_writes(model, path)
     checkpoint = Checkpoint(path)
-    checkpoint.check(model)
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"):
         whole = dict(model.named_parameters())[name]
         for start in range(0, 16):

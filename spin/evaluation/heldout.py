@@ -42,7 +42,8 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
 
     heldout.jsonl has one object per document: doc, text (greedy), sampled, prediction, target, exact_match,
     exact_match_sampled, logp (of the right answer, nats). summary.json has means and standard errors, and how many
-    documents were dropped, prompts cut for sampling and right answers cut for scoring. A finished evaluation of the same model under the same settings is kept; of another one, refused. Returns the summary.
+    documents were dropped, prompts cut for sampling and right answers cut for scoring. A finished evaluation of the
+    same model under the same settings is kept; of another one, refused. Returns the summary.
     """
     settings, dropped, counts = config.evaluate, Counter(), Counter()
     examples = load_heldout(config, dropped)
