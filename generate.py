@@ -1,27 +1,111 @@
-"""Write the opponent's responses of an iteration, and nothing after them; train.py goes on from there.
+"""Write the opponent's responses of an iteration, or talk to models.
 
-    torchrun --nproc-per-node 8 generate.py --config configs/zephyr-7b.toml --iter 0
+    torchrun --nproc-per-node 8 generate.py --config configs/zephyr-7b.toml --iter 0   # train.py goes on from there
+    python generate.py --iter base,0,1 --prompt "…"                                    # side by side
+    python generate.py --model DIR --interactive                                       # any checkpoint
 """
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
 
 from spin import cli
 from spin.distributed import ranks
-from spin.iteration import check, run_base, run_iteration, working_on
+from spin.iteration import check, check_model, run_base, run_iteration, working_on
+from spin.talk import Speaker, side_by_side
 
 
 def main() -> None:
     parser = cli.parser(__doc__.splitlines()[0])
-    parser.add_argument("--iter", required=True, help="which iteration's opponent: 0 is the base model")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--iter", help="N: the prompts of iteration N, answered by the model before it; when talking: the "
+                       "models themselves, as in base,0,1")  # fmt: skip
+    which.add_argument("--model", type=Path, nargs="+", help="when talking: model directories instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="talk: a question, put under the training's template")
+    what.add_argument("--interactive", action="store_true", help="talk: a question on each line")
     with cli.errors_in_words():
         arguments, recipe = cli.parse(parser)
-        if len(cli.iterations(arguments.iter)) > 1:
-            raise ValueError(f"--iter {arguments.iter}: one at a time; the next opponent does not exist yet")
-        n = cli.iterations(arguments.iter)[0]
-        config = recipe.at(n)
-        check(recipe, [n])
-        with ranks() as group, working_on(config, group):
-            if n == 0 and not config.model.base:
-                run_base(config, group)
-            run_iteration(recipe, n, group, last_stage="generate")
+        if arguments.interactive or arguments.prompt is not None:
+            speakers = [Speaker(*model) for model in _models(arguments, recipe)]
+            if arguments.prompt is not None:
+                _respond(speakers, arguments.prompt)
+            else:
+                _interact(speakers)
+        elif arguments.model:
+            raise ValueError('--model goes with --prompt "…" or --interactive; without them, --iter names a job')
+        else:
+            _generate(arguments, recipe)
+
+
+def _generate(arguments, recipe) -> None:
+    numbers = cli.iterations(arguments.iter)
+    if len(numbers) > 1:
+        raise ValueError(f"--iter {arguments.iter}: one at a time; the next opponent does not exist yet")
+    (n,) = numbers
+    config = recipe.at(n)
+    check(recipe, [n])
+    with ranks() as group, working_on(config, group):
+        if n == 0 and not config.model.base:
+            run_base(config, group)
+        run_iteration(recipe, n, group, last_stage="generate")
+
+
+def _models(arguments, recipe):
+    """(name, directory, settings) of the models to talk to. Raises ValueError or OSError if one can't be loaded."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--prompt and --interactive talk from one process; start python generate.py, without torchrun")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise ValueError("--prompt is empty")
+    if arguments.model:
+        models = [(path.name, path, recipe.at(0)) for path in arguments.model]
+        if len({name for name, *_ in models}) < len(models):
+            models = [(str(path), path, config) for _, path, config in models]
+    else:
+        numbers = cli.iterations(arguments.iter, base=True)
+        models = [
+            ("base" if n < 0 else f"iteration {n}", recipe.at(max(n, 0)).model_dir(n), recipe.at(max(n, 0)))
+            for n in numbers
+        ]
+    for _, path, config in models:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such model")
+        check_model(path, config, (config.generate,))
+    return models
+
+
+def _interact(speakers: Sequence[Speaker]) -> None:
+    """Answer each line of standard input."""
+    prompt = ""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing and history for input()
+
+        prompt = "> "
+        print("A question on each line; Ctrl-D ends.")
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if line.strip():
+            _respond(speakers, line)
+
+
+def _respond(speakers: Sequence[Speaker], question: str) -> None:
+    """Print one model's answer as it comes, several side by side, as wide as the terminal."""
+    if len(speakers) == 1:
+        for piece in speakers[0].answer(question):
+            print(piece, end="", flush=True)
+        print()
+        return
+    answers = {}
+    for speaker in tqdm(speakers, unit="answer", leave=False, disable=not sys.stderr.isatty()):
+        answers[speaker.name] = "".join(speaker.answer(question))
+    print(side_by_side(answers, shutil.get_terminal_size().columns))
 
 
 if __name__ == "__main__":

@@ -112,15 +112,19 @@ def compare(ours: Ours, theirs: Transformers, batch) -> dict[str, float]:
     return {"loss": abs(float(a.detach()) - float(b.detach())), "gradient": worst}
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """FLOP/s of a large matrix product, the best of a few: the ceiling."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    device = torch.device(device)
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(7):
         began = time.perf_counter()
         a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * n**3 / min(seconds)
 
 
 def floor(backward: bool) -> int:

@@ -1,8 +1,12 @@
 """Keys and values of the tokens read so far, one region per slot."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from model.attention import Decoding
 from model.config import ModelConfig
 
 
@@ -18,10 +22,21 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device="cpu"):
         shape = (config.num_hidden_layers, slots, length, config.num_key_value_heads, config.head_dim)
+        # Zeros: masked places count nothing only if they hold numbers.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = length
         self.longest = length  # of the sequences being decoded, kept by whoever decodes: attention looks no further
+        self.splits = 0  # see Decoding
+
+    @staticmethod
+    def bytes_per_slot(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
+        """Memory of one slot of `length` tokens."""
+        return 2 * config.num_hidden_layers * length * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def decoding(self, positions: Tensor) -> Decoding:
+        """What the step reads in which slot n's new token is at positions[n]."""
+        return Decoding.at(positions, self.longest, self.length, self.splits)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Put k, v (T, K, D) at (slots[t], positions[t])."""
@@ -32,7 +47,18 @@ class KVCache:
         """Views (slots, length, K, D) of the first `slots` slots."""
         return self.k[layer][:slots], self.v[layer][:slots]
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot's sequence over another's."""
-        self.k[:, target] = self.k[:, source]
-        self.v[:, target] = self.v[:, source]
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot's sequence over another's."""
+        self.k[:, target, :length] = self.k[:, source, :length]
+        self.v[:, target, :length] = self.v[:, source, :length]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU (what torch holds in reserve included), or of the machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # Linux counts in what its file cache would give back
+        return next(int(line.split()[1]) * 1024 for line in meminfo.open() if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

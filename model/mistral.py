@@ -54,18 +54,22 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
 
     def forward(
-        self, x: Tensor, rope, backend: str, over: Segments | Decoding, cache: KVCache | None, slots, positions
-    ) -> Tensor:
+        self, x: Tensor, rope, backend: str, segments: Segments | None, step: Decoding | None,
+        cache: KVCache | None, slots, positions,
+    ) -> Tensor:  # fmt: skip
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             cache.write(self.layer, k, v, slots, positions)
-        if isinstance(over, Segments):
-            out = attend(q, k, v, over, self.window, backend)  # (T, H, D)
-        else:
-            out = attend_cached(q, *cache.read(self.layer, len(q)), over, self.window, backend)
+        n = 0 if step is None else len(step.lengths)
+        parts = []
+        if step is not None:
+            parts.append(attend_cached(q[:n], *cache.read(self.layer, n), step, self.window, backend))
+        if segments is not None:
+            parts.append(attend(q[n:], k[n:], v[n:], segments, self.window, backend))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (T, H, D)
         return self.o_proj(out.flatten(1))  # (T, E)
 
 
@@ -151,12 +155,13 @@ class Mistral(nn.Module):
     ) -> Tensor:
         """Logits, or the log-probabilities of given targets.
 
-        Three uses: a packed stream (`segments`); a prefill, which also writes the cache (`segments`, `cache`,
-        `slots`); one decoding step (`cache`, `slots` = 0..T-1, no `segments`), which reads each slot's cache.
+        Training and scoring read a packed stream (`segments`). The sampler gives `cache` and `slots` too: then rows
+        0..N-1 are decoding steps of the slots 0..N-1, which see what the cache has for them, and the stream of
+        `segments` comes after them, a prefill of other slots; either may be absent.
 
         Args:
             tokens, positions: (T,) ids, and places in their sequences
-            slots: (T,) the cache slot of each token
+            slots: (T,) the cache slot that each token's key and value go to
             at: (R,) the rows to predict from; all if absent
             targets: (R,) ids
             chunk: with `targets`, logits exist for this many rows at a time, never as a whole (R, V) tensor
@@ -166,9 +171,10 @@ class Mistral(nn.Module):
         x = self.model["embed_tokens"](tokens)  # (T, E)
         rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         backend = choose_backend(self.attention, x.device.type, x.dtype, self.config.head_dim)
-        over = segments if segments is not None else Decoding.at(positions, cache.longest, cache.length)
+        decoding = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
+        step = cache.decoding(positions[:decoding]) if decoding else None
         for block in self.model["layers"]:
-            x = block(x, rope, backend, over, cache, slots, positions)
+            x = block(x, rope, backend, segments, step, cache, slots, positions)
         if at is not None:
             x = x[at]  # (R, E)
         x = self.model["norm"](x)

@@ -1,138 +1,274 @@
-"""The sampler: token ids in, token ids out, through a KV cache whose slots are refilled as sequences end.
+"""The sampler: token ids in, token ids out, by continuous batching over the slots of a KV cache.
 
 N active slots, V vocabulary. A sampled token is a function of (seed, stream, step) and the logits alone: its random
 number comes from a counter-based hash, so the text depends neither on the batch, nor on the order, nor on what an
-interruption left to do (but for what the batch's shape does to the logits' last bits, where a kernel's rounding depends
-on it).
+interruption left to do (but for what the batch's shape does to the logits' last bits: see `fixed_slots`).
+
+One forward pass is one step of every active sequence, and with it the packed prompts of the sequences that begin. What
+a step needs stays on the device; the host reads one token id per sequence, to see which have ended.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import Segments
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, free_memory
 from model.mistral import Mistral
+
+# More slots gain nothing: by then a step's arithmetic takes as long as reading the weights, or longer.
+MOST_SLOTS = {"cuda": 512, "cpu": 128}
+# So much of the free memory may be cache; the rest is for activations and logits.
+CACHE_SHARE = 0.8
+# Where launching a step's kernels one by one takes longer than running them.
+GRAPHS_ON = ("cuda",)
+# Tokens in a block of the vocabulary, when one is drawn.
+BLOCK = 256
+
+
+class Token(NamedTuple):
+    """One more token of a response."""
+
+    index: int  # which response: prompt · samples + sample
+    id: int
+    logp: float | None  # log p(token | prompt, response so far) of the model itself, in nats, where asked for
+    last: bool
+
+
+class Response(NamedTuple):
+    index: int  # which response: prompt · samples + sample
+    ids: list[int]  # the last one is eos_id, unless the response was cut
+    logps: list[float] | None  # as in Token
 
 
 def generate(model: Mistral, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
-    """Responses in the order of the prompts; `settings` as in `generate_stream`."""
-    responses: list[list[int]] = [[] for _ in prompts]
-    for index, response in generate_stream(model, prompts, **settings):
-        responses[index] = response
-    return responses
+    """Responses in the order of the prompts, the samples of one prompt side by side; `settings` as in `generate_tokens`."""
+    return [response.ids for response in sorted(generate_stream(model, prompts, **settings))]
+
+
+def generate_stream(model: Mistral, prompts: Sequence[Sequence[int]], **settings) -> Iterator[Response]:
+    """Each response as soon as it is complete; `settings` as in `generate_tokens`."""
+    begun: dict[int, Response] = {}
+    for token in generate_tokens(model, prompts, **settings):
+        response = begun.setdefault(token.index, Response(token.index, [], None if token.logp is None else []))
+        response.ids.append(token.id)
+        if token.logp is not None:
+            response.logps.append(token.logp)
+        if token.last:
+            yield begun.pop(token.index)
 
 
 @dataclass
 class _Sequence:
-    index: int  # which prompt
-    length: int  # tokens in the cache once the next step has run: prompt and response
-    response: list[int] = field(default_factory=list)
+    index: int  # which response
+    stream: int  # the stream of its random numbers
+    prompt: Sequence[int]
+    tokens: int = 0  # of the response so far
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.tokens
 
 
 @torch.inference_mode()
-def generate_stream(
+def generate_tokens(
     model: Mistral,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    samples: int = 1,
     streams: Sequence[int] | None = None,
-    slots: int = 64,
-    prefill_tokens: int = 8192,
+    logps: bool = False,
+    slots: int = 0,
+    memory: int = 0,
+    slot_length: int = 0,
+    fixed_slots: bool = False,
+    prefill_tokens: int = 2048,
     vocab_limit: int | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Answer every prompt, yielding (index of the prompt, response ids) as soon as each is done.
+) -> Iterator[Token]:
+    """Answer every prompt, yielding each token as it comes, those of different responses in turn.
 
     Args:
         prompts: lists of token ids, none empty
         max_new_tokens: length at which a response is cut
-        temperature: 0 is greedy; top_p: nucleus (arXiv 1904.09751), 1 keeps everything
+        temperature: 0 is greedy; then top_k (0 keeps everything) and top_p (nucleus, arXiv 1904.09751; 1 keeps everything)
         eos_id: ends a response, of which it is the last id; a response without it was cut
-        streams: a number for each prompt that its random draws depend on; its index if absent
-        slots: sequences decoded side by side
-        vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
+        samples: responses to each prompt, with random numbers of their own
+        streams: a number from 0 to 2**31 - 1 for each prompt that its random numbers depend on; its index if absent
+        logps: give log-probabilities too; temperature, top_k and top_p do not change them
+        slots: sequences decoded side by side; 0: as many as memory holds, at most MOST_SLOTS
+        memory: bytes that may be used for that; 0: what the device, or the machine, has free
+        slot_length: tokens that a slot has room for; 0: what the longest prompt needs
+        fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is read by
+            itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence the same way in any
+            company (given the same slots and slot_length). It costs what the idle rows and the lone prompts cost
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
+        vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
 
-    Raises ValueError for an empty prompt or a setting out of range.
+    Raises ValueError for an empty prompt, a setting out of range, or a slot that free memory does not hold.
     """
-    if max_new_tokens < 1 or slots < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or slots < 0 or samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"need max_new_tokens >= 1, slots >= 1, temperature >= 0 and 0 < top_p <= 1, got "
-            f"{max_new_tokens}, {slots}, {temperature}, {top_p}"
+            "need max_new_tokens >= 1, slots >= 0, samples >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{max_new_tokens}, {slots}, {samples}, {temperature}, {top_k}, {top_p}"
         )
+    if fixed_slots and not slots:
+        raise ValueError("fixed_slots needs a number of slots: the text is the same for the same slots")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty: there is no token to predict from")
     if not prompts:
         return
-    streams = range(len(prompts)) if streams is None else streams
-    device = next(model.parameters()).device
-    slots = min(slots, len(prompts))
-    longest = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model.config, slots, longest, next(model.parameters()).dtype, device)
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # the longest first: no late straggler
-    active: list[_Sequence] = []  # active[s] is in slot s: the slots in use are always the first ones
-
-    def draw(logits: Tensor, sequences: list[_Sequence]) -> None:
-        """Append a token to each sequence from its row of logits."""
-        uniforms = None
-        if temperature:
-            draws = [(streams[s.index], len(s.response)) for s in sequences]
-            uniforms = counter_uniform(seed, *torch.tensor(draws, dtype=torch.int64, device=device).T)
-        tokens = sample(logits[:, :vocab_limit], temperature, top_p, uniforms)
-        for sequence, token in zip(sequences, tokens.tolist()):
-            sequence.response.append(token)
-            sequence.length += 1
-
-    while waiting or active:
-        fresh: list[_Sequence] = []
-        room = prefill_tokens
-        while waiting and len(active) < slots and (not fresh or len(prompts[waiting[0]]) <= room):
-            fresh.append(_Sequence(waiting[0], len(prompts[waiting[0]])))
-            active.append(fresh[-1])
-            room -= len(prompts[waiting.popleft()])
-        if fresh:
-            draw(_prefill(model, [prompts[s.index] for s in fresh], cache, len(active) - len(fresh)), fresh)
-        else:
-            cache.longest = max(s.length for s in active)
-            tokens = torch.tensor([s.response[-1] for s in active], device=device)
-            positions = torch.tensor([s.length - 1 for s in active], device=device)
-            logits = model(tokens, positions, cache=cache, slots=torch.arange(len(active), device=device))
-            draw(logits, active)
-        for slot in reversed(range(len(active))):
-            sequence = active[slot]
-            if sequence.response[-1] == eos_id or len(sequence.response) == max_new_tokens:
-                yield sequence.index, sequence.response
-                last = active.pop()
-                if slot < len(active):  # close the gap, so that a step reads whole slots and nothing else
-                    cache.move(len(active), slot)
-                    active[slot] = last
-
-
-def _prefill(model: Mistral, prompts: Sequence[Sequence[int]], cache: KVCache, first_slot: int) -> Tensor:
-    """Read prompts into slots first_slot, first_slot + 1, …; returns the logits after each (len(prompts), V)."""
-    device = cache.k.device
-    lengths = [len(prompt) for prompt in prompts]
-    return model(
-        torch.tensor([token for prompt in prompts for token in prompt], device=device),
-        torch.cat([torch.arange(n, device=device) for n in lengths]),
-        Segments.causal(lengths, device),
-        cache,
-        slots=torch.arange(first_slot, first_slot + len(prompts), device=device).repeat_interleave(
-            torch.tensor(lengths, device=device)
-        ),
-        at=torch.tensor(lengths, device=device).cumsum(0) - 1,
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    length = max(map(len, prompts)) + max_new_tokens
+    if slot_length and slot_length < length:
+        raise ValueError(f"slot_length = {slot_length}, but a prompt and its response may have {length} tokens")
+    length = slot_length or length
+    slots = slots or fitting_slots(model, length, memory or free_memory(device))
+    if not fixed_slots:
+        slots = min(slots, len(prompts) * samples)
+    waiting = deque(
+        _Sequence(i * samples + sample, (streams[i] if streams else i) + (sample << 32), prompts[i])
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: no late straggler
+        for sample in range(samples)
     )
+    active: list[_Sequence] = []  # active[s] is in slot s: the slots in use are always the first ones
+    # A pass that reads prompts holds every step up; with many slots, some are free before one is made.
+    refill = max(1, slots // 32)
+
+    cache = KVCache(model.config, slots, length, dtype, device)
+    cache.splits = int(fixed_slots)
+    # One row per slot: its newest token, that token's place, how many of the response there are, its random stream.
+    state = torch.zeros(4, slots, dtype=torch.int64, device=device)
+    tokens, positions, counts, stream = state
+    token_logps = torch.zeros(slots, device=device)
+    numbers = torch.arange(max(slots, length), device=device)
+
+    def step(decoding: int, fresh: Sequence[_Sequence] = (), first: int = 0) -> None:
+        """A token more for slots 0..decoding-1, and the first one for fresh sequences, in slots first, first + 1, …"""
+        ids, places, into, segments, at = tokens[:decoding], positions[:decoding], numbers[:decoding], None, None
+        rows = slice(0, decoding)
+        if fresh:
+            lengths = [len(sequence.prompt) for sequence in fresh]
+            begin = slice(first, first + len(fresh))
+            rows = slice(first - decoding, first + len(fresh))
+            sizes = torch.tensor(lengths, device=device)
+            packed = torch.tensor([token for sequence in fresh for token in sequence.prompt], device=device)
+            ids = torch.cat((ids, packed))
+            places = torch.cat((places, *(numbers[:n] for n in lengths)))
+            into = torch.cat((into, numbers[begin].repeat_interleave(sizes, output_size=len(packed))))
+            at = torch.cat((numbers[:decoding], decoding + sizes.cumsum(0) - 1))
+            segments = Segments.causal(lengths, device)
+            positions[begin], counts[begin] = sizes - 1, 0
+            stream[begin] = torch.tensor([sequence.stream for sequence in fresh], device=device)
+        logits = model(ids, places, segments, cache, slots=into, at=at)  # (N, V)
+        uniforms = counter_uniform(seed, stream[rows], counts[rows]) if temperature else None
+        tokens[rows] = sample(logits[:, :vocab_limit], temperature, top_k, top_p, uniforms)
+        if logps:
+            token_logps[rows] = logits.log_softmax(-1).gather(-1, tokens[rows, None]).squeeze(-1)
+        # An idle slot may be carried along for ever, and must stay inside of the cache.
+        positions[rows] = (positions[rows] + 1).clamp(max=length - 1)
+        counts[rows] += 1
+
+    graphs = device.type in GRAPHS_ON  # they always look at whole slots
+    replay = _replayed(step, state, slots) if graphs else step
+    while waiting or active:
+        first, fresh = len(active), []
+        room = 0 if fixed_slots else prefill_tokens
+        if slots - first >= min(refill, len(waiting)):
+            while waiting and first + len(fresh) < slots and (not fresh or len(waiting[0].prompt) <= room):
+                fresh.append(waiting.popleft())
+                room -= len(fresh[-1].prompt)
+        if active and not graphs and not fixed_slots:
+            cache.longest = max(sequence.length for sequence in active)
+        begin = 0
+        if not fresh:
+            replay(slots if fixed_slots else first)
+        elif fixed_slots:
+            begin = first
+            step(0, fresh, first)
+        else:
+            step(first, fresh, first)
+        active += fresh
+
+        ids = tokens[begin : len(active)].tolist()
+        values = token_logps[begin : len(active)].tolist() if logps else [None] * len(ids)
+        ended = []
+        for slot, (token, logp) in enumerate(zip(ids, values), begin):
+            sequence = active[slot]
+            sequence.tokens += 1
+            last = token == eos_id or sequence.tokens == max_new_tokens
+            if last:
+                ended.append(slot)
+            yield Token(sequence.index, token, logp, last)
+        for slot in reversed(ended):
+            last_one = active.pop()
+            if slot < len(active):  # close the gap, so that a step reads whole slots and nothing else
+                cache.move(len(active), slot, last_one.length)
+                state[:, slot] = state[:, len(active)]
+                active[slot] = last_one
+            positions[len(active)] = 0  # idle: little to read
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | None) -> Tensor:
+def fitting_slots(model: Mistral, length: int, free: int) -> int:
+    """How many slots of `length` tokens go into `free` bytes, at most MOST_SLOTS. Raises ValueError if not one does."""
+    weight = next(model.parameters())
+    size = KVCache.bytes_per_slot(model.config, length, weight.dtype)
+    if free * CACHE_SHARE < size:
+        raise ValueError(
+            f"a cache for one sequence of {length} tokens takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "lower max_new_tokens or the longest prompt, or make room"
+        )
+    return min(int(free * CACHE_SHARE / size), MOST_SLOTS[weight.device.type])
+
+
+def _replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callable[[int], None]:
+    """`step` as CUDA graphs, for a few numbers of rows: the host takes longer to launch its kernels than they run.
+
+    A number between is rounded up, and idle slots are carried along.
+    """
+    sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)})
+    graphs: dict[int, Callable[[], None]] = {}
+    pool = torch.cuda.graph_pool_handle()  # one for all: none of them leaves anything behind in it
+
+    def replay(rows: int) -> None:
+        size = next(size for size in sizes if size >= rows)
+        if size not in graphs:
+            graphs[size] = _captured(lambda: step(size), state, pool)
+        graphs[size]()
+
+    return replay
+
+
+def _captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], None]:
+    """`work` as a CUDA graph, `state` left as it is. `work` must only read and write memory that stays where it is."""
+    before = state.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()  # once for what is made at the first call, workspaces and handles, and may not be captured
+    torch.cuda.current_stream().wait_stream(side)
+    state.copy_(before)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (NCCL's watchdog) may go on calling CUDA meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, uniforms: Tensor | None = None
+) -> Tensor:
     """One token per row: argmax, or the inverse of the cumulative distribution at a given uniform number.
 
     Args:
@@ -141,17 +277,42 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniforms: Tensor | 
     Returns: (N,) int64
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    order = None
+        return logits.max(-1).indices  # of equal ones the first, like argmax, and sooner
+    scores = logits if temperature == 1 else logits / temperature
+    return at_quantile(restricted(scores, top_k, top_p).softmax(-1), uniforms)
+
+
+def at_quantile(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token up to which more than a share `uniforms` (N,) of a row's probability lies: (N, V) → (N,) int64.
+
+    First the block of the vocabulary is found, then the place in it, so that cumulative sums are as long as a block.
+    """
+    n, vocabulary = probabilities.shape
+    blocks = F.pad(probabilities, (0, -vocabulary % BLOCK)).view(n, -1, BLOCK)
+    below_one = uniforms.clamp(max=1 - 2**-52)[:, None]  # times a sum it stays below the sum, rounded or not
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (N, blocks)
+    target = below_one * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True)
+    target = target - F.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:] * (1 - 2**-52)), right=True)
+    return (block * BLOCK + place).squeeze(-1)
+
+
+def restricted(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Scores (N, V) with -inf for the tokens that top-k, and after it top-p, leave out.
+
+    As transformers' warpers do it: what equals the k-th best stays; the nucleus is counted from the least probable token
+    up, in fp32; the most probable one always stays.
+    """
+    if 0 < top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities  # mass of the more probable tokens
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # (N, V)
-    token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)
-    return (token if order is None else order.gather(-1, token)).squeeze(-1)
+        ascending, order = scores.sort(dim=-1)
+        out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        out[:, -1] = False
+        scores = scores.masked_fill(out.scatter(-1, order, out), -torch.inf)
+    return scores
 
 
 def counter_uniform(seed: int, streams: Tensor, steps: Tensor) -> Tensor:

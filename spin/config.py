@@ -55,11 +55,13 @@ class Data:
 class Generate:
     template: str = "plain"  # how a prompt is put to the opponent: zephyr, instruction, plain
     temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
     top_p: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
     dtype: str = "bfloat16"  # of weights and cache while sampling
-    slots: int = _free(64)  # sequences decoded side by side on each rank
+    slots: int = _free(0)  # sequences decoded side by side on each rank; 0: as many as memory holds, at most 512 (CPU: 128)
+    fixed_slots: bool = False  # batch-invariant: the text depends on `slots`, and on nothing that runs beside it
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Evaluate:
     temperature: float = 1.0  # of the sampled answer; a greedy one is always given too
     seed: int = 1
     dtype: str = "bfloat16"
-    slots: int = _free(64)
+    slots: int = _free(0)  # as in [generate]
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,9 @@ _CHOICES = {
     "sft.dtype": ("bfloat16", "float32"),
     "evaluate.dtype": ("bfloat16", "float32"),
 }
-_POSITIVE = ("max_length", "max_new_tokens", "slots", "batch_size", "epochs", "max_grad_norm", "token_budget")
+_POSITIVE = ("max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget")
 _POSITIVE += ("logit_chunk", "checkpoint_every")
-_NOT_NEGATIVE = ("num_prompts", "temperature", "lr", "schedule_epochs", "beta", "replay", "limit")
+_NOT_NEGATIVE = ("num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs", "beta", "replay", "limit")
 
 
 class Recipe:
@@ -205,6 +207,8 @@ def build(values: dict[str, object]) -> Config:
             raise ValueError(f"{name} = {value!r} is out of range")
     if not 0 < config.generate.top_p <= 1:
         raise ValueError(f"generate.top_p = {config.generate.top_p!r} is not in (0, 1]")
+    if config.generate.fixed_slots and not config.generate.slots:
+        raise ValueError("generate.fixed_slots needs generate.slots: the text is the same for the same number of slots")
     if not 0 < config.data.max_prompt_length < config.data.max_length:
         raise ValueError(
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for a response in "

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model.config import ModelConfig
+from model.kv_cache import free_memory
 from model.mistral import Mistral
 from model.weights import Checkpoint
 
@@ -51,6 +52,11 @@ class Ranks:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def free_memory(self) -> int:
+        """Bytes that this rank may take: what its GPU has free, or its share of what the machine has."""
+        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return free_memory(self.device) // sharing
 
     def barrier(self) -> None:
         dist.barrier()

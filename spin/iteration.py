@@ -27,11 +27,11 @@ from model.weights import Checkpoint, fingerprint
 from spin import checkpoint
 from spin.card import model_card
 from spin.config import Config, Recipe, differences, read_toml, to_toml
-from spin.data import Example, choose, digest, load_examples, load_generated, real_only, tokenize
+from spin.data import Example, choose, digest, load_examples, real_only, tokenize
 from spin.distributed import Ranks, sharded_model, this_device
 from spin.evaluation.heldout import evaluate_heldout, load_heldout
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
-from spin.opponent import generate_pairs, score
+from spin.opponent import generate_pairs, generation_settings, score, verified_pairs
 from spin.packing import Item
 from spin.trainer import train
 
@@ -51,7 +51,7 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         opponent = config.model_dir(n - 1)
         if opponent.is_dir():
             used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
-            _check_model(opponent, Tokenizer(opponent), config, used)
+            check_model(opponent, config, used)
         elif n == 0 and not config.model.base:
             base_source(config)
         elif n == 0:
@@ -102,7 +102,7 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     tokenizer_path = Path(part.tokenizer or part.init)
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:
-        _check_model(Path(part.init), tokenizer, config, (part,))
+        check_model(Path(part.init), config, (part,), tokenizer)
         return Path(part.init), tokenizer_path, tokenizer
     ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
@@ -126,6 +126,8 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     inputs = ranks.from_first(
         lambda: {"opponent": fingerprint(source), "data": digest(own), "replayed": [digest(old) for old in replayed]}
     )
+    if generating and config.generate.fixed_slots:
+        inputs["generate.slots"] = config.generate.slots
     sections = ("model", "data", "train") + ("generate",) * generating
     ranks.from_first(lambda: _same_origin(directory, config, sections, inputs))
     done = "generated" if last_stage == "generate" else "model"
@@ -138,10 +140,10 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     tokenizer = Tokenizer(source)
     if generating:
         if not ranks.from_first((directory / "generated").is_dir):
-            meta = generate_pairs(config, n, own, directory / "generated", ranks)
-            log.info("generated: %s", ", ".join(f"{key} {value:g}" for key, value in meta.items()))
+            generate_pairs(config, n, own, inputs["opponent"], directory / "generated", ranks)
             ranks.release_memory()  # the sampler's replica makes room for the policy
-        own = load_generated(directory / "generated", config.data)
+        made = {"opponent": inputs["opponent"], "settings": generation_settings(config)}
+        own = verified_pairs(directory / "generated", config.data, own, made)
     if last_stage == "generate":
         return
 
@@ -227,7 +229,7 @@ def earlier_pairs(now: Config, config: Config, n: int) -> list[Example]:
     directory = config.iteration_dir(n) / "generated"
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; train.replay needs iteration {n}'s pairs")
-    return load_generated(directory, config.data)
+    return verified_pairs(directory, config.data)
 
 
 def working_on(config: Config, ranks: Ranks):
@@ -260,8 +262,12 @@ def _remedy(directory: Path) -> str:
     return f"put it back as it was, choose another --run.dir, or remove {directory} to start it anew"
 
 
-def _check_model(path: Path, tokenizer: Tokenizer, config: Config, used: tuple) -> None:
-    """Raise ValueError or OSError unless architecture, weights and tokenizer go together, and attention can be had."""
+def check_model(path: Path, config: Config, used: tuple, tokenizer: Tokenizer | None = None) -> None:
+    """Raise ValueError or OSError unless architecture, weights and tokenizer go together, and attention can be had.
+
+    `used` are the parts of `config` that will compute with it; its own tokenizer is taken where none is given.
+    """
+    tokenizer = tokenizer or Tokenizer(path)
     architecture = ModelConfig.from_pretrained(path)
     with torch.device("meta"):
         Checkpoint(path).check(Mistral(architecture))

@@ -1,10 +1,12 @@
 """The opponent's two jobs: its responses to the prompts, and the log-probabilities it gives to a pair."""
 
 import json
+import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,22 +16,26 @@ from model.mistral import Mistral
 from model.sampler import generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import load_model
-from spin.config import Config
-from spin.data import Example, encode_prompts
+from spin.config import Config, Data, Generate
+from spin.data import Example, digest, encode_prompts, load_generated
 from spin.distributed import Ranks
-from spin.files import commit, cut_unfinished_line, to_json
+from spin.files import commit, cut_unfinished_line, read_json, to_json
 from spin.logps import response_logps
 from spin.packing import Item, cost, micro_batches, pack
 
 PAIRS_PER_SHARD = 5000
+SAMPLES_SHOWN = 3
+log = logging.getLogger("spin")
 
 
-def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], directory: Path, ranks: Ranks) -> dict:
+def generate_pairs(
+    config: Config, iteration: int, examples: Sequence[Example], opponent: str, directory: Path, ranks: Ranks
+) -> None:
     """Answer every prompt with the opponent and leave `directory` with pairs as JSONL shards and meta.json.
 
     Responses are written as they come to `directory`.partial, a file for each rank, so that a killed run goes on at
-    the prompts that have none, on any number of ranks; the shards are made of them once all are there. Returns the
-    summary that is in meta.json.
+    the prompts that have none, on any number of ranks; the shards are made of them once all are there. meta.json has
+    counts, mean lengths, the settings, `opponent` (its fingerprint) and a digest of the pairs. Logs a summary.
     """
     settings, source = config.generate, config.model_dir(iteration - 1)
     partial = directory.with_name(directory.name + ".partial")
@@ -52,11 +58,16 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
         [prompts[i] for i in mine],
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
+        top_k=settings.top_k,
         top_p=settings.top_p,
         seed=_mixed_seed(settings.seed, iteration),
         eos_id=tokenizer.eos_id,
         streams=mine,
         slots=settings.slots,
+        memory=ranks.free_memory(),
+        # The same for all ranks and after an interruption: shapes move roundings.
+        slot_length=max(map(len, prompts)) + settings.max_new_tokens,
+        fixed_slots=settings.fixed_slots,
         vocab_limit=tokenizer.vocab_size,
     )
     # Asked under another template than it trains with, an opponent may begin with a blank that no real response has,
@@ -65,46 +76,105 @@ def generate_pairs(config: Config, iteration: int, examples: Sequence[Example], 
     bar = ranks.progress(len(prompts), "generate", "prompt", len(done))
     tokens, began = 0, time.perf_counter()
     with open(partial / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8", buffering=1) as file:
-        for place, ids in responses:
+        for response in responses:
             row = {
-                "prompt": mine[place],
-                "response": strip(tokenizer.decode_continuation(ids)),
-                "tokens": len(ids),
-                "ended": ids[-1] == tokenizer.eos_id,
+                "prompt": mine[response.index],
+                "response": strip(tokenizer.decode_continuation(response.ids)),
+                "tokens": len(response.ids),
+                "ended": response.ids[-1] == tokenizer.eos_id,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            tokens += len(ids)
+            tokens += len(response.ids)
             speed = tokens * ranks.world_size / (time.perf_counter() - began)  # the first rank's pace stands for all
             bar.set_postfix({"tokens/s": f"{speed:.0f}"}, refresh=False)
             bar.update(min(ranks.world_size, len(prompts) - bar.n))
     bar.close()
-    ranks.barrier()
-    return ranks.from_first(lambda: _assemble(partial, directory, examples, counts))
+    busy = time.perf_counter() - began
+    sums = ranks.sum([tokens, busy])
+    slowest, total = max(ranks.gather(busy)), int(sums[0])
+    about = {"opponent": opponent, "settings": generation_settings(config)}
+    lengths = [len(prompt) for prompt in prompts]
+    meta = ranks.from_first(lambda: _assemble(partial, directory, examples, lengths, counts, about))
+    log.info(
+        "generated %d responses now: %d tokens in %.1f s, %.0f tokens/s; ranks were busy for %.0f%% of that",
+        len(missing), total, slowest, total / slowest, 100 * sums[1] / (ranks.world_size * slowest),
+    )  # fmt: skip
+    log.info("%s: %s", directory, summary(meta))
+    if ranks.first:
+        for pair in load_generated(directory, config.data)[:SAMPLES_SHOWN]:
+            log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", pair.question, pair.real, pair.generated)
 
 
-def _assemble(partial: Path, directory: Path, examples: Sequence[Example], counts: Counter) -> dict:
-    """Check that every prompt has its response, and write the shards in the order of the prompts."""
+def _assemble(
+    partial: Path, directory: Path, examples: Sequence[Example], lengths: Sequence[int], counts: Counter, about: dict
+) -> dict:
+    """Check that every prompt has its response, and write the shards in the order of the prompts. Returns meta.json."""
     by_prompt = {row["prompt"]: row for row in reversed(_rows(partial))}  # a survivor of a killed job may write twice
     if sorted(by_prompt) != list(range(len(examples))):
         raise ValueError(f"{partial}: lacks {len(examples) - len(by_prompt)} prompts; run the same command again")
     rows = [by_prompt[i] for i in range(len(examples))]
-    counts["empty responses"] = sum(not row["response"] for row in rows)
-    counts["responses cut at max_new_tokens"] = sum(not row["ended"] for row in rows)
-    meta = {"pairs": len(rows), "mean_tokens": sum(row["tokens"] for row in rows) / len(rows), **counts}
-    pairs = [
-        Example(example.prompt, example.real, row["response"]).to_pair() for example, row in zip(examples, rows)
-    ]
+    pairs = [replace(example, generated=row["response"]) for example, row in zip(examples, rows)]
+    meta = {
+        "pairs": len(rows),
+        "mean_prompt_tokens": sum(lengths) / len(rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "prompts cut at the left": counts["prompts cut at the left"],
+        "empty responses": sum(not row["response"] for row in rows),
+        "responses cut at max_new_tokens": sum(not row["ended"] for row in rows),
+        **about,
+        "digest": digest(pairs),
+    }
     shards = [pairs[i : i + PAIRS_PER_SHARD] for i in range(0, len(pairs), PAIRS_PER_SHARD)]
     final = directory.with_name(directory.name + ".final")
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     for i, shard in enumerate(shards):
-        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in shard)
+        lines = "".join(json.dumps(pair.to_pair(), ensure_ascii=False) + "\n" for pair in shard)
         (final / f"part-{i:05d}-of-{len(shards):05d}.jsonl").write_text(lines, encoding="utf-8")
     (final / "meta.json").write_text(to_json(meta))
     commit(final, directory)
     shutil.rmtree(partial)
     return meta
+
+
+def verified_pairs(directory: Path, data: Data, examples: Sequence[Example] | None = None, about: dict | None = None):
+    """The pairs in `directory`: as many as meta.json says, unchanged since, and one for each of `examples` in turn.
+
+    `about` has what meta.json must say of the opponent and the settings. Raises ValueError, naming what is not so.
+    """
+    remedy = f"remove {directory} to generate anew, or train on pairs of your own with data.pairs"
+    meta_file = directory / "meta.json"
+    if not meta_file.is_file():
+        raise ValueError(f"{meta_file}: missing, so nothing says how these pairs were made; {remedy}")
+    meta, pairs = read_json(meta_file), load_generated(directory, data)
+    for key, wanted in (about or {}).items():
+        if meta.get(key) != wanted:
+            raise ValueError(f"{meta_file}: made with another {key} ({meta.get(key)}) than this run's ({wanted}); {remedy}")
+    for pair, example in zip(pairs, examples or ()):
+        if (pair.prompt, pair.real) != (example.prompt, example.real):
+            raise ValueError(f"{pair.where}: not the prompt and the response of {example.where}; {remedy}")
+    expected = meta.get("pairs") if examples is None else len(examples)
+    if len(pairs) != expected:
+        raise ValueError(f"{directory}: {len(pairs)} pairs for {expected} prompts; {remedy}")
+    if digest(pairs) != meta.get("digest"):
+        raise ValueError(f"{directory}: changed since it was made; {remedy}")
+    return pairs
+
+
+def generation_settings(config: Config) -> dict:
+    """The settings that generated text depends on."""
+    settings = {f.name: getattr(config.generate, f.name) for f in fields(Generate) if not f.metadata.get("free")}
+    return settings | ({"slots": config.generate.slots} if config.generate.fixed_slots else {})
+
+
+def summary(meta: dict) -> str:
+    """meta.json in a line."""
+    return (
+        f"{meta['pairs']} pairs, on average {meta['mean_prompt_tokens']:.0f} tokens of prompt and "
+        f"{meta['mean_tokens']:.0f} of response; {meta['empty responses']} responses empty, "
+        f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens, "
+        f"{meta['prompts cut at the left']} prompts cut at the left"
+    )
 
 
 def _rows(partial: Path) -> list[dict]:

@@ -74,18 +74,18 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [*launcher, str(ROOT / script), *arguments]
 
 
-def run_script(script: str, *arguments: str, ranks: int = 1, fails: bool = False) -> str:
+def run_script(script: str, *arguments: str, ranks: int = 1, fails: bool = False, stderr: bool = True) -> str:
     """Run one of the three scripts in the project's root; returns what it printed. Checks the exit status."""
     done = subprocess.run(
         command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, capture_output=True, env=environment()
     )
     output = done.stdout + done.stderr
     assert bool(done.returncode) == fails, output
-    return output
+    return output if stderr else done.stdout
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
 @pytest.fixture(scope="session")

@@ -131,8 +131,12 @@ def documented_varlen(q, k, v, q_offsets, k_offsets, longest_q, longest_k, causa
     return torch.cat(parts)
 
 
-def documented_kvcache(q, k_cache, v_cache, cache_seqlens, causal, window_size):
+SPLITS = []  # what the kernels were asked for; 0 (flash-attn) and None (torch) leave it to them
+
+
+def documented_kvcache(q, k_cache, v_cache, cache_seqlens, causal, window_size, num_splits=0):
     assert cache_seqlens.dtype == torch.int32
+    SPLITS.append(num_splits)
     window = (window_size[0], 0) if causal else window_size
     rows = zip(q, k_cache, v_cache, cache_seqlens)
     return torch.stack([documented(q, k[:n], v[:n], window) for q, k, v, n in rows])
@@ -150,7 +154,8 @@ def documented_kernels(monkeypatch):
         return documented_varlen(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, (left, right), lengths)
 
     def forward(q, k, v, q_offsets, k_offsets, max_q, max_k, dropout, causal, debug, *, scale=None,
-                window_size_left=None, window_size_right=None, seqused_k=None, **unused):  # fmt: skip
+                window_size_left=None, window_size_right=None, seqused_k=None, num_splits=None, **unused):  # fmt: skip
+        SPLITS.append(num_splits)
         assert dropout == 0.0 and scale is None and not any(value is not None for value in unused.values())
         out = compute(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right, seqused_k)
         state = torch.zeros(2, dtype=torch.int64)
@@ -189,10 +194,11 @@ def test_what_is_asked_of_the_kernels_is_what_the_twin_computes(documented_kerne
 def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(documented_kernels, backend, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
-    for lengths, longest in (([1, 12, 7], 12), ([1, 4, 7], 7)):  # whole slots, and the beginnings of slots
-        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12)
+    for lengths, longest, splits in (([1, 12, 7], 12, 0), ([1, 4, 7], 7, 1)):  # whole slots, and their beginnings
+        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12, splits=splits)
         ours, expected = (attend_cached(q, k, v, step, window, name) for name in (backend, "sdpa"))
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        assert SPLITS[-1] == (splits or (0 if backend == "flash-attn" else None))  # 1: batch-invariant
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])

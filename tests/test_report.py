@@ -6,6 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from spin.report import evaluations, table, write_report
+from spin.talk import side_by_side
 
 
 def evaluation(directory, greedy, sampled):
@@ -54,3 +55,15 @@ def test_a_run_under_way_shows_what_there_is(tmp_path, evaluated):
 def test_an_empty_run_has_an_empty_report(tmp_path):
     assert write_report(tmp_path).read_text().startswith("#")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_answers_stand_side_by_side_or_one_below_the_other():
+    texts = {"base": "one two three\n\nfour", "iteration 0": "a"}
+    assert side_by_side(texts, 51) == (
+        "base                     | iteration 0\n"
+        "------------------------ | ------------------------\n"
+        "one two three            | a\n"
+        "                         |\n"
+        "four                     |"
+    )
+    assert side_by_side(texts, 50) == "base\n----\none two three\n\nfour\n\niteration 0\n-----------\na"

@@ -1,12 +1,18 @@
 """The sampler against transformers, the softmax, and itself in other circumstances."""
 
+import itertools
 import random
 
 import pytest
 import torch
 from conftest import random_ids, reference, small_model
 
-from model.sampler import counter_uniform, generate, generate_stream, sample
+import model.sampler as sampler
+from model.attention import Segments
+from model.kv_cache import KVCache, free_memory
+from model.sampler import (
+    Response, at_quantile, counter_uniform, fitting_slots, generate, generate_stream, generate_tokens, restricted, sample,
+)
 
 PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4)]
 
@@ -36,8 +42,9 @@ def test_a_response_depends_on_neither_slots_nor_order_nor_company(settings):
     settings = dict(max_new_tokens=20, seed=5, eos_id=2, **settings)
     expected = generate(model, PROMPTS, slots=64, **settings)
     assert len({tuple(response) for response in expected}) > 1
-    for slots, prefill_tokens in ((1, 8192), (3, 8192), (4, 1)):
+    for slots, prefill_tokens in ((0, 2048), (1, 8192), (3, 8192), (4, 1), (9, 1), (5, 30)):
         assert generate(model, PROMPTS, slots=slots, prefill_tokens=prefill_tokens, **settings) == expected
+    assert generate(model, PROMPTS, slots=5, fixed_slots=True, slot_length=64, **settings) == expected
     order = [4, 0, 8, 2]
     chosen = [PROMPTS[i] for i in order]
     assert generate(model, chosen, streams=order, slots=2, **settings) == [expected[i] for i in order]
@@ -61,8 +68,8 @@ def test_a_response_ends_with_end_of_sequence_or_at_the_limit():
     for whole, cut in zip(free, ended):
         assert cut == (whole[: whole.index(eos) + 1] if eos in whole else whole)
     assert any(len(response) < 20 for response in ended)
-    assert dict(generate_stream(model, PROMPTS, max_new_tokens=1)) == {i: r[:1] for i, r in
-        enumerate(generate(model, PROMPTS, max_new_tokens=3))}  # fmt: skip
+    first = generate_stream(model, PROMPTS, max_new_tokens=1)
+    assert {r.index: r.ids for r in first} == {i: r[:1] for i, r in enumerate(generate(model, PROMPTS, max_new_tokens=3))}
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen():
@@ -78,22 +85,159 @@ def test_no_prompts_and_impossible_ones():
     assert generate(model, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[5], []], max_new_tokens=4)
-    for bad in (dict(max_new_tokens=0), dict(max_new_tokens=1, top_p=0.0), dict(max_new_tokens=1, temperature=-1)):
+    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(top_k=-1), dict(samples=0), dict(slots=-1)):
         with pytest.raises(ValueError, match="need max_new_tokens"):
-            generate(model, [[5]], **bad)
+            generate(model, [[5]], **dict(max_new_tokens=1) | bad)
+    with pytest.raises(ValueError, match="need max_new_tokens"):
+        generate(model, [[5]], max_new_tokens=0)
+    with pytest.raises(ValueError, match="slot_length = 3, but a prompt and its response may have 5"):
+        generate(model, [[5]], max_new_tokens=4, slot_length=3)
+    with pytest.raises(ValueError, match="fixed_slots needs a number"):
+        generate(model, [[5]], max_new_tokens=4, fixed_slots=True)
 
 
-def test_sampled_log_probabilities_are_those_of_a_full_forward():
-    """Decode with the cache, score again without it: the distributions that tokens came from must agree."""
-    model = small_model()
-    (response,) = generate(model, [PROMPTS[1]], max_new_tokens=30, temperature=1.0, seed=3)
-    from model.attention import Segments
-
-    ids = torch.tensor(PROMPTS[1] + response)
+def full_forward_logps(model, prompt, response) -> torch.Tensor:
+    """log p of each response token, from one pass over prompt and response without a cache."""
+    ids = torch.tensor(prompt + response)
     with torch.no_grad():
-        logits = model(ids[:-1], torch.arange(len(ids) - 1), Segments.causal([len(ids) - 1]))[len(PROMPTS[1]) - 1 :]
-    uniforms = counter_uniform(3, torch.zeros(30, dtype=torch.int64), torch.arange(30))
-    assert sample(logits, 1.0, 1.0, uniforms).tolist() == response
+        logits = model(ids[:-1], torch.arange(len(ids) - 1), Segments.causal([len(ids) - 1]))
+    return logits.log_softmax(-1)[len(prompt) - 1 :].gather(-1, ids[len(prompt) :, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=1.0), dict(temperature=0.6, top_k=8, top_p=0.9)])
+@pytest.mark.parametrize("slots", [dict(slots=1), dict(slots=4), dict(slots=4, fixed_slots=True)])
+def test_returned_log_probabilities_are_a_full_forwards(settings, slots):
+    model = small_model(sliding_window=16)
+    responses = list(generate_stream(model, PROMPTS, max_new_tokens=30, logps=True, seed=3, eos_id=9, **settings, **slots))
+    assert sorted(response.index for response in responses) == list(range(len(PROMPTS)))
+    for response in responses:
+        expected = full_forward_logps(model, PROMPTS[response.index], response.ids)
+        torch.testing.assert_close(torch.tensor(response.logps), expected, atol=1e-4, rtol=0)
+    assert next(generate_stream(model, PROMPTS, max_new_tokens=2)).logps is None
+
+
+def test_a_token_comes_as_soon_as_it_is_chosen():
+    model = small_model()
+    stream = generate_tokens(model, PROMPTS[:2], max_new_tokens=8, slots=2)
+    begun = [next(stream) for _ in range(4)]
+    assert sorted(token.index for token in begun) == [0, 0, 1, 1] and not any(token.last for token in begun)
+    rest = list(stream)
+    assert [token.last for token in rest] == [False] * 10 + [True] * 2
+    for index, response in enumerate(generate(model, PROMPTS[:2], max_new_tokens=8)):
+        assert [token.id for token in begun + rest if token.index == index] == response
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_what_one_alone_would_be():
+    model = small_model()
+    settings = dict(max_new_tokens=20, temperature=1.0, eos_id=2, seed=4)
+    three = generate(model, PROMPTS, samples=3, slots=5, **settings)
+    assert three[::3] == generate(model, PROMPTS, **settings)
+    assert len(set(map(tuple, three))) == 3 * len(PROMPTS)
+    alone = generate(model, [PROMPTS[4]], samples=3, streams=[4], **settings)
+    assert alone == three[12:15]
+
+
+def test_a_prompt_longer_than_the_budget_is_read_in_a_pass_of_its_own():
+    model, passes = small_model(), []
+    rng = random.Random(0)
+    prompts = [random_ids(rng, n) for n in (3, 60, 5, 4)]
+    expected = [generate(model, [prompt], max_new_tokens=5)[0] for prompt in prompts]
+    model.register_forward_pre_hook(lambda _, args: passes.append(args[2].q_offsets if args[2] else None))
+    assert generate(model, prompts, max_new_tokens=5, slots=4, prefill_tokens=10) == expected
+    assert [offsets for offsets in passes if offsets] == [[0, 60], [0, 5, 9], [0, 3]]
+
+
+def test_ten_thousand_prompts_of_one_token():
+    model = small_model(vocab_size=40, num_hidden_layers=1)
+    prompts = [[3 + i % 37] for i in range(10_000)]
+    responses = generate(model, prompts, max_new_tokens=3, slots=128, eos_id=7)
+    expected = {prompt[0]: generate(model, [prompt], max_new_tokens=3, eos_id=7)[0] for prompt in prompts[:37]}
+    assert responses == [expected[prompt[0]] for prompt in prompts]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_all_responses_end_at_once(fixed):
+    model = small_model()
+    settings = dict(max_new_tokens=9, slots=4, fixed_slots=fixed)
+    assert generate(model, PROMPTS, vocab_limit=1, eos_id=0, **settings) == [[0]] * len(PROMPTS)
+    assert generate(model, PROMPTS, vocab_limit=1, eos_id=1, **settings) == [[0] * 9] * len(PROMPTS)
+
+
+def test_prompts_are_read_while_others_decode_and_a_freed_slot_is_used_at_once():
+    """One forward pass has the decoding rows and the new prompts: no step is spent on a prompt alone, but for the first."""
+    model, passes = small_model(), []
+    model.register_forward_pre_hook(lambda _, args: passes.append((len(args[0]), args[2].q_offsets if args[2] else None)))
+    prompts = [random_ids(random.Random(n), 6) for n in range(4)]
+    generate(model, prompts, max_new_tokens=3, slots=2)
+    # Two prompts; two steps of both; the next two prompts in their place; two steps.
+    assert passes == [(12, [0, 6, 12]), (2, None), (2, None)] * 2
+    passes.clear()
+    free = generate(model, prompts[:2], max_new_tokens=3)
+    eos = free[0][1]
+    assert eos not in (free[0][0], *free[1][:2])  # prompt 0 ends at its second token, prompt 1 does not
+    passes.clear()
+    generate(model, prompts[:3], max_new_tokens=3, slots=2, eos_id=eos)
+    assert passes[:3] == [(12, [0, 6, 12]), (2, None), (1 + 6, [0, 6])]  # prompt 2 beside prompt 1's third token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_fixed_slots_the_company_moves_no_bit(dtype):
+    # Wide enough that matrix products of different heights take different paths, as they do without fixed slots.
+    model = small_model(hidden_size=256, intermediate_size=640, vocab_size=1000, head_dim=64).to(dtype)
+    rng = random.Random(0)
+    prompts = [random_ids(rng, rng.randrange(1, 60), 1000) for _ in range(24)]
+    settings = dict(max_new_tokens=24, temperature=1.0, eos_id=2, logps=True, slots=6, fixed_slots=True, slot_length=90)
+    whole = {r.index: r for r in generate_stream(model, prompts, **settings)}
+    order = rng.sample(range(24), 10)
+    for r in generate_stream(model, [prompts[i] for i in order], streams=order, **settings):
+        assert r == Response(r.index, *whole[order[r.index]][1:])
+
+
+def test_slots_are_as_many_as_memory_holds():
+    model = small_model()  # 3 layers, 2 key heads of 8, fp32: keys and values of a token take 2 * 3 * 2 * 8 * 4 bytes
+    assert KVCache.bytes_per_slot(model.config, 100, torch.float32) == 100 * 384
+    cache = KVCache(model.config, 5, 100, torch.float32)
+    assert cache.k.nbytes + cache.v.nbytes == 5 * 100 * 384
+    assert fitting_slots(model, 100, 10 * 100 * 384) == 8  # four fifths
+    assert fitting_slots(model, 100, 1 << 40) == 128  # a CPU gains nothing from more
+    with pytest.raises(ValueError, match="one sequence of 100 tokens takes 0.0 GB, and 0.0 GB are free"):
+        fitting_slots(model, 100, 100 * 384)
+    assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_steps_replayed_for_a_few_slot_counts_give_the_same(monkeypatch):
+    """The path of CUDA graphs, with the step itself in the place of its recording."""
+    model, sizes = small_model(), []
+
+    def captured(work, state, pool):
+        before = state.clone()
+        work()  # as the real one: once before it is recorded, and what it did to the state undone
+        state.copy_(before)
+        model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])) if args[2] is None else None)
+        return work
+
+    settings = dict(max_new_tokens=20, temperature=1.0, eos_id=2, slots=6, logps=True)
+    expected = sorted(generate_stream(model, PROMPTS, **settings))
+    monkeypatch.setattr(sampler, "GRAPHS_ON", ("cpu",))
+    monkeypatch.setattr(sampler, "_captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    ours = sorted(generate_stream(model, PROMPTS, **settings))
+    assert [r.ids for r in ours] == [r.ids for r in expected]
+    for a, b in zip(ours, expected):
+        assert a.logps == pytest.approx(b.logps, abs=1e-5)
+    assert set(sizes) <= {1, 2, 4, 6} and 6 in sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0, top_k=20, top_p=0.9)])
+def test_on_a_gpu_the_captured_steps_give_what_single_kernels_give(settings, monkeypatch):
+    model = small_model(hidden_size=256, intermediate_size=512, head_dim=64).to("cuda", torch.bfloat16)
+    prompts = [random_ids(random.Random(n), 1 + n % 40) for n in range(60)]
+    settings = dict(max_new_tokens=40, eos_id=2, slots=16, slot_length=96, fixed_slots=True, logps=True, **settings)
+    ours = sorted(generate_stream(model, prompts, **settings))
+    monkeypatch.setattr(sampler, "GRAPHS_ON", ())
+    assert ours == sorted(generate_stream(model, prompts, **settings))
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
@@ -108,7 +252,7 @@ def test_sampled_tokens_have_the_softmax_distribution(by):
     logits = torch.randn(20)
     counter, other = torch.arange(draws), torch.full((draws,), 7)
     uniforms = counter_uniform(11, *((counter, other) if by == "stream" else (other, counter)))
-    tokens = sample(logits.expand(draws, -1), 1.0, 1.0, uniforms)
+    tokens = sample(logits.expand(draws, -1), 1.0, uniforms=uniforms)
     counts = torch.bincount(tokens, minlength=20)
     assert chi_square(counts, logits.softmax(-1) * draws) < 43.8
 
@@ -132,16 +276,55 @@ def test_counter_hash_is_splitmix64():
     assert _mix(state).item() % 2**64 == 6457827717110365317
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 0.9), (1.3, 0.4), (1.0, 1e-6)])
-def test_kept_tokens_and_probabilities_are_those_of_transformers_warpers(temperature, top_p):
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+def their_scores(logits, temperature, top_k, top_p):
+    """What transformers' generate leaves of the logits: its warpers, in its order."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    torch.manual_seed(1)
-    logits = torch.randn(1, 50) * 3
-    warpers = [TemperatureLogitsWarper(temperature)] + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
-    expected = LogitsProcessorList(warpers)(None, logits).softmax(-1)[0].double()
-    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # evenly: frequencies are probabilities
-    tokens = sample(logits.expand(len(grid), -1), temperature, top_p, grid)
-    frequencies = torch.bincount(tokens, minlength=50).double() / len(grid)
-    torch.testing.assert_close(frequencies, expected, atol=2e-5, rtol=0)
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList(warpers)(None, logits)
+
+
+LOGITS = {
+    "drawn": torch.randn(8, 300, generator=torch.Generator().manual_seed(1)) * 3,
+    "all equal": torch.zeros(1, 10),
+    "ties": torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0, 3.0, -1.0]]),
+    "one certain": torch.tensor([[0.0, 200.0, 0.0]]),
+    "a forbidden one": torch.tensor([[0.0, 1.0, -torch.inf, 0.5]]),
+    "bf16 made": torch.randn(4, 300, generator=torch.Generator().manual_seed(2)).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_the_tokens_left_out_are_those_of_transformers(name):
+    for settings in itertools.product((1.0, 0.3, 1.7), (0, 1, 2, 5, 10_000), (1.0, 0.95, 0.5, 1e-6)):
+        temperature, *rest = settings
+        ours = restricted(LOGITS[name] / temperature, *rest)
+        assert torch.equal(ours, their_scores(LOGITS[name], *settings)), settings
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 0.9), (1.3, 40, 0.4), (1.0, 7, 1.0), (1.0, 0, 1e-6)]
+)
+def test_kept_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, top_k, top_p):
+    logits = LOGITS["drawn"][:1]
+    expected = their_scores(logits, temperature, top_k, top_p).softmax(-1)[0].double()
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # evenly: frequencies are probabilities
+    tokens = torch.cat([sample(logits.expand(len(u), -1), temperature, top_k, top_p, u) for u in grid.split(10_000)])
+    frequencies = torch.bincount(tokens, minlength=300).double() / len(grid)
+    torch.testing.assert_close(frequencies, expected, atol=3e-5, rtol=0)
     assert not frequencies[expected == 0].any()
+
+
+def test_a_quantile_falls_on_a_token_that_has_probability_also_at_the_ends():
+    last = 1 - 2**-53  # the largest uniform number
+    probabilities = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0]]).repeat(2, 300)[:, :1000]
+    lowest, highest = (at_quantile(probabilities, torch.full((4,), u, dtype=torch.float64)) for u in (0.0, last))
+    assert lowest.tolist() == [2, 1, 2, 1] and highest.tolist() == [998, 998, 998, 998]
+    torch.manual_seed(0)
+    drawn = (torch.randn(50, 1000) * 4).softmax(-1)
+    uniforms = torch.rand(50, dtype=torch.float64)
+    cumulative = drawn.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    assert torch.equal(at_quantile(drawn, uniforms), expected)

@@ -3,14 +3,24 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, command, environment, random_ids, run_script, weights, write_jsonl
+
+from model.sampler import generate
+from model.tokenizer import Tokenizer
+from model.weights import load_model
+from spin.config import Data
+from spin.opponent import verified_pairs
+from spin.talk import side_by_side
 
 STAGES = ("config.toml", "inputs.json", "generated/meta.json", "opponent_logps.safetensors", "metrics.jsonl",
           "model/config.json", "model/model.safetensors", "model/tokenizer.model", "evaluation/summary.json")  # fmt: skip
@@ -173,7 +183,9 @@ def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
     run, _ = finished
     run_script("train.py", *recipe(tmp_path / "two"), "--iter", "0-1", ranks=2)
     one, two = run, tmp_path / "two"
-    assert generated(one / "iter0") == generated(two / "iter0")
+    # The base models, trained by one rank and by two, differ in the last bits, and so do their fingerprints in meta.json.
+    (shard,) = (name for name in generated(one / "iter0") if name.endswith(".jsonl"))
+    assert generated(one / "iter0")[shard] == generated(two / "iter0")[shard]
     for n in (0, 1):
         for a, b in zip(metrics(one / f"iter{n}"), metrics(two / f"iter{n}"), strict=True):
             for key in ("loss", "margin", "grad_norm", "logps_real"):
@@ -183,8 +195,11 @@ def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
             torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
-def kill_when(arguments, ready, ranks=1):
-    """Start train.py, kill it and its ranks with SIGKILL once `ready()`; asserts that it was still at work."""
+def kill_when(arguments, ready, ranks=1, only=None):
+    """Start train.py, kill it and its ranks with SIGKILL once `ready()`; asserts that it was still at work.
+
+    With `only`, that rank alone is killed, and torchrun ends the rest.
+    """
     process = subprocess.Popen(
         command("train.py", *arguments, ranks=ranks),
         cwd=ROOT,
@@ -197,12 +212,17 @@ def kill_when(arguments, ready, ranks=1):
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.002)
     family = [process.pid, *children(process.pid)]  # torchrun's ranks have sessions of their own and would live on
-    for pid in family:
+    for pid in family if only is None else [pid for pid in family if rank_of(pid) == only]:
         if alive(pid):  # a rank may have seen torchrun die
             os.kill(pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() != 0
     while any(alive(pid) for pid in family):
         time.sleep(0.01)
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(text[5:]) for text in variables if text.startswith(b"RANK=")), None)
 
 
 def state_and_parent(pid):
@@ -238,12 +258,12 @@ def assert_same_run(one, two):
     assert timeless(metrics(one)) == timeless(metrics(two))
 
 
-SLOW = ("--generate.slots=1", "--data.num_prompts=200", "--evaluate.limit=10")
+SLOW = ("--generate.slots=4", "--generate.fixed_slots=true", "--data.num_prompts=300", "--evaluate.limit=10")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe, tmp_path_factory):
-    """One slot, so that a response's rounding does not depend on its company, and time enough to be killed."""
+    """Fixed slots, so that a response's rounding does not depend on its company, and few: there is time to be killed."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     run_script("train.py", *recipe(run, *SLOW), "--iter", "0")
     return run / "iter0"
@@ -272,10 +292,23 @@ def test_a_run_killed_while_training_ends_as_if_undisturbed(undisturbed, recipe,
 
 
 def test_a_run_of_two_ranks_killed_while_generating_goes_on_with_one(undisturbed, recipe, tmp_path):
-    arguments = [*recipe(tmp_path / "killed", *SLOW), "--iter", "0"]
+    arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
     partial = tmp_path / "killed/iter0/generated.partial"
-    kill_when(arguments, lambda: count_lines(partial / "rank0.jsonl", partial / "rank1.jsonl") >= 40, ranks=2)
-    run_script("train.py", *arguments)
+    ready = lambda: count_lines(partial / "rank0.jsonl", partial / "rank1.jsonl") >= 40  # noqa: E731
+    kill_when(arguments, ready, ranks=2)
+    run_script("generate.py", *arguments)
+    assert generated(tmp_path / "killed/iter0") == generated(undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_of_two_ends_the_job_and_the_next_one_goes_on(undisturbed, recipe, tmp_path, victim):
+    arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
+    partial = tmp_path / "killed/iter0/generated.partial"
+    kill_when(arguments, lambda: count_lines(partial / "rank1.jsonl") >= 20, ranks=2, only=victim)
+    kept = {line for file in partial.glob("rank*.jsonl") for line in open(file)}
+    assert 20 <= len(kept) < 300
+    output = run_script("generate.py", *arguments, ranks=2)
+    assert f"generated {300 - len(kept)} responses now" in output
     assert generated(tmp_path / "killed/iter0") == generated(undisturbed)
 
 
@@ -284,7 +317,7 @@ def test_generate_alone_leaves_pairs_and_train_goes_on_from_them(undisturbed, re
     run_script("generate.py", *arguments)
     assert generated(tmp_path / "run/iter0") == generated(undisturbed)
     assert not (tmp_path / "run/iter0/metrics.jsonl").exists()
-    assert "iteration 0: 200 examples" in run_script("train.py", *arguments)
+    assert "iteration 0: 300 examples" in run_script("train.py", *arguments)
     assert_same_run(undisturbed, tmp_path / "run/iter0")
 
 
@@ -312,12 +345,113 @@ def test_sft_and_evaluation_leave_the_generated_responses_of_pairs_alone(finishe
 
 
 def test_logps_of_other_pairs_are_refused(finished, recipe, tmp_path):
-    subprocess.run(["cp", "-r", finished[0], tmp_path / "copy"], check=True)
-    subprocess.run(["rm", "-r", tmp_path / "copy/iter0/model"], check=True)
-    part = tmp_path / "copy/iter0/generated/part-00000-of-00001.jsonl"
-    part.write_text(part.read_text().replace('"assistant", "content": "', '"assistant", "content": "x'))
-    output = run_script("train.py", *recipe(tmp_path / "copy"), "--iter", "0", fails=True)
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(copy / "iter0/model")
+    shutil.copy(copy / "iter1/opponent_logps.safetensors", copy / "iter0")
+    output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
     assert "opponent_logps.safetensors: made for other pairs" in output
+
+
+@pytest.fixture
+def stage(finished, tmp_path):
+    """A copy of a finished generate stage; its directory, its only shard, and the examples that it answers."""
+    directory = shutil.copytree(finished[0] / "iter0/generated", tmp_path / "generated")
+    examples = [replace(pair, generated=None) for pair in verified_pairs(directory, Data())]
+    return directory, directory / "part-00000-of-00001.jsonl", examples
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [('"assistant", "content": "', '"assistant", "content": "x', "part-00000-of-00001.jsonl:1: not the prompt and the"),
+     ('{"real"', '{"also": 1, "real"', None),  # says the same
+     (r"\A.*\n", "", "part-00000-of-00001.jsonl:1: not the prompt"),
+     (r".*\n\Z", "", "48 pairs for 49 prompts"),
+     (r"(.*\n)\Z", r"\1\1", "50 pairs for 49 prompts"),
+     (r'"generated": (.*)"content": "([^"]*)"(}]})\n\Z', r'"generated": \1"content": "other"\3\n', "changed since it was made")],
+)  # fmt: skip
+def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, message):
+    directory, shard, examples = stage
+    text = shard.read_text()
+    shard.write_text(re.sub(old, new, text))
+    assert shard.read_text() != text
+    if message is None:
+        assert len(verified_pairs(directory, Data(), examples)) == 49
+        return
+    with pytest.raises(ValueError, match=message):
+        verified_pairs(directory, Data(), examples)
+
+
+def test_a_generate_stage_of_another_opponent_or_of_other_settings_is_refused(stage):
+    directory, _, examples = stage
+    meta = json.loads((directory / "meta.json").read_text())
+    same = {"opponent": meta["opponent"], "settings": meta["settings"]}
+    assert len(verified_pairs(directory, Data(), examples, same)) == 49
+    with pytest.raises(ValueError, match="made with another opponent"):
+        verified_pairs(directory, Data(), examples, same | {"opponent": "0" * 64})
+    with pytest.raises(ValueError, match="made with another settings"):
+        verified_pairs(directory, Data(), examples, same | {"settings": meta["settings"] | {"seed": 1}})
+    (directory / "meta.json").unlink()
+    with pytest.raises(ValueError, match="meta.json: missing"):
+        verified_pairs(directory, Data(), examples)
+
+
+def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(copy / "iter0/model")
+    (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("")
+    output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
+    assert "0 pairs for 49 prompts; remove" in output
+
+
+def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path):
+    run, _ = finished
+    changes = ("--generate.max_new_tokens=3", "--data.max_prompt_length=12", f"--model.base={run}/base/model")
+    output = run_script("generate.py", *recipe(tmp_path / "run", *changes), "--iter", "0")
+    rows = [json.loads(line) for line in open(tmp_path / "run/iter0/generated/part-00000-of-00001.jsonl")]
+    meta = json.loads((tmp_path / "run/iter0/generated/meta.json").read_text())
+    assert meta["pairs"] == len(rows) == 49
+    assert meta["mean_tokens"] <= 3 and meta["mean_prompt_tokens"] <= 12
+    # Cut means: three tokens, the last of which does not end the text. A token is a letter here.
+    assert meta["responses cut at max_new_tokens"] == sum(len(row["generated"][-1]["content"]) == 3 for row in rows) > 0
+    assert meta["prompts cut at the left"] == sum(len(row["real"][0]["content"]) + 1 > 12 for row in rows) > 0
+    assert f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens" in output
+    assert f"{meta['prompts cut at the left']} prompts cut at the left" in output
+    assert "generated 49 responses now" in output and "tokens/s" in output
+    first = rows[0]
+    assert f"  prompt: {first['real'][0]['content']}\n  real: {first['real'][1]['content']}\n  generated:" in output
+
+
+def test_fixed_slots_go_on_with_the_same_slots_only(undisturbed, recipe, tmp_path):
+    copy = shutil.copytree(undisturbed.parent, tmp_path / "copy")
+    arguments = recipe(copy, *SLOW, "--generate.slots=5")
+    assert "begun with another generate.slots" in run_script("train.py", *arguments, "--iter", "0", fails=True)
+
+
+def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
+    run, _ = finished
+    ask = lambda *extra: run_script(  # noqa: E731
+        "generate.py", *recipe(run, "--generate.temperature=0"), *extra, "--prompt", "bab", stderr=False
+    )
+    answers = {}
+    for name, path in (("base", run / "base/model"), ("iteration 1", run / "iter1/model")):
+        tokenizer = Tokenizer(path)
+        prompt = tokenizer.encode_prompt([{"role": "user", "content": "bab"}], "plain")
+        (ids,) = generate(load_model(path, torch.float32), [prompt], max_new_tokens=12, eos_id=tokenizer.eos_id)
+        answers[name] = tokenizer.decode_continuation(ids) + (" [cut at 12 tokens]" if ids[-1] != tokenizer.eos_id else "")
+    assert ask("--iter", "base") == answers["base"] + "\n"
+    assert ask("--model", str(run / "iter1/model")) == answers["iteration 1"] + "\n"
+    assert ask("--iter", "base,1") == side_by_side(answers, 80) + "\n"
+
+
+def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, recipe):
+    run, _ = finished
+    for arguments, message in (
+        (["--iter", "base,7", "--prompt", "a"], "iter7/model: no such model"),
+        (["--iter", "0", "--prompt", " "], "--prompt is empty"),
+        (["--model", str(run)], "--model goes with --prompt"),
+        (["--iter", "0,1"], "one at a time"),
+    ):
+        assert message in run_script("generate.py", *recipe(run), *arguments, fails=True)
 
 
 def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recipe, tmp_path):

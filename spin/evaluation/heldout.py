@@ -82,10 +82,11 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
             eos_id=tokenizer.eos_id,
             streams=mine,
             slots=settings.slots,
+            memory=ranks.free_memory(),
             vocab_limit=tokenizer.vocab_size,
         )
-        for place, ids in stream:
-            texts[place] = tokenizer.decode_continuation(ids)
+        for response in stream:
+            texts[response.index] = tokenizer.decode_continuation(response.ids)
             bar.update()
         return texts
 
