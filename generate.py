@@ -8,7 +8,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,18 +24,19 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--iter", help="N: the prompts of iteration N, answered by the model before it; when talking: the "
                        "models themselves, as in base,0,1")  # fmt: skip
-    which.add_argument("--model", type=Path, nargs="+", help="when talking: model directories instead")
+    which.add_argument("--model", type=Path, nargs="+", help="when talking: model directories instead "
+                       "(asked under the recipe's train.template)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="talk: a question, put under the training's template")
     what.add_argument("--interactive", action="store_true", help="talk: a question on each line")
     with cli.errors_in_words():
         arguments, recipe = cli.parse(parser)
         if arguments.interactive or arguments.prompt is not None:
-            speakers = [Speaker(*model) for model in _models(arguments, recipe)]
+            models = _models(arguments, recipe)
             if arguments.prompt is not None:
-                _respond(speakers, arguments.prompt)
+                _respond((Speaker(*model) for model in models), len(models), arguments.prompt)  # one in memory at a time
             else:
-                _interact(speakers)
+                _interact([Speaker(*model) for model in models])
         elif arguments.model:
             raise ValueError('--model goes with --prompt "…" or --interactive; without them, --iter names a job')
         else:
@@ -89,22 +90,23 @@ def _interact(speakers: Sequence[Speaker]) -> None:
     while True:
         try:
             line = input(prompt)
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if line.strip():
-            _respond(speakers, line)
+            _respond(speakers, len(speakers), line)
 
 
-def _respond(speakers: Sequence[Speaker], question: str) -> None:
-    """Print one model's answer as it comes, several side by side, as wide as the terminal."""
-    if len(speakers) == 1:
-        for piece in speakers[0].answer(question):
-            print(piece, end="", flush=True)
-        print()
-        return
+def _respond(speakers: Iterable[Speaker], count: int, question: str) -> None:
+    """Print one model's answer as it comes, those of several side by side, as wide as the terminal."""
     answers = {}
-    for speaker in tqdm(speakers, unit="answer", leave=False, disable=not sys.stderr.isatty()):
+    for speaker in tqdm(speakers, total=count, unit="answer", leave=False, disable=count == 1 or not sys.stderr.isatty()):
+        if count == 1:
+            for piece in speaker.answer(question):
+                print(piece, end="", flush=True)
+            print()
+            return
         answers[speaker.name] = "".join(speaker.answer(question))
+        del speaker
     print(side_by_side(answers, shutil.get_terminal_size().columns))
 
 

@@ -127,6 +127,8 @@ def attend(
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
     q_offsets, k_offsets, longest_q, longest_k = segments.offsets()
+    if window is not None and window >= longest_k:
+        window = None  # without one the kernels do less
     left = -1 if window is None else window - 1  # the kernels count the keys before the query
     if backend == "flash-attn":
         from flash_attn import flash_attn_varlen_func
@@ -183,6 +185,8 @@ def attend_cached(
     """
     n, heads, size = q.shape
     slot, kv_heads = k.shape[1:3]
+    if window is not None and window >= slot:
+        window = None  # only without one do the kernels read a key head once for all its query heads, and split long slots
     left = -1 if window is None else window - 1
     if backend == "flash-attn":
         from flash_attn import flash_attn_with_kvcache

@@ -10,7 +10,8 @@ a step needs stays on the device; the host reads one token id per sequence, to s
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ CACHE_SHARE = 0.8
 GRAPHS_ON = ("cuda",)
 # Tokens in a block of the vocabulary, when one is drawn.
 BLOCK = 256
+LOWEST_TEMPERATURE = 1e-6  # below it logits over temperature may leave fp32
 
 
 class Token(NamedTuple):
@@ -55,7 +57,9 @@ def generate_stream(model: Mistral, prompts: Sequence[Sequence[int]], **settings
     """Each response as soon as it is complete; `settings` as in `generate_tokens`."""
     begun: dict[int, Response] = {}
     for token in generate_tokens(model, prompts, **settings):
-        response = begun.setdefault(token.index, Response(token.index, [], None if token.logp is None else []))
+        if token.index not in begun:
+            begun[token.index] = Response(token.index, [], None if token.logp is None else [])
+        response = begun[token.index]
         response.ids.append(token.id)
         if token.logp is not None:
             response.logps.append(token.logp)
@@ -111,17 +115,21 @@ def generate_tokens(
         slot_length: tokens that a slot has room for; 0: what the longest prompt needs
         fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is read by
             itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence the same way in any
-            company (given the same slots and slot_length). It costs what the idle rows and the lone prompts cost
+            company (given the same slots, slot_length and, on a CPU, number of threads). It costs what the idle rows and
+            the lone prompts cost
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
         vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
 
-    Raises ValueError for an empty prompt, a setting out of range, or a slot that free memory does not hold.
+    Raises ValueError for an empty prompt, a setting out of range, a slot that free memory does not hold, or logits that
+    are not finite at the first prompts.
     """
     if max_new_tokens < 1 or slots < 0 or samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             "need max_new_tokens >= 1, slots >= 0, samples >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{max_new_tokens}, {slots}, {samples}, {temperature}, {top_k}, {top_p}"
         )
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(f"temperature = {temperature} is too near 0; 0 is greedy")
     if fixed_slots and not slots:
         raise ValueError("fixed_slots needs a number of slots: the text is the same for the same slots")
     for i, prompt in enumerate(prompts):
@@ -138,13 +146,16 @@ def generate_tokens(
     if not fixed_slots:
         slots = min(slots, len(prompts) * samples)
     waiting = deque(
-        _Sequence(i * samples + sample, (streams[i] if streams else i) + (sample << 32), prompts[i])
+        _Sequence(i * samples + copy, (streams[i] if streams else i) + (copy << 32), prompts[i])
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: no late straggler
-        for sample in range(samples)
+        for copy in range(samples)
     )
     active: list[_Sequence] = []  # active[s] is in slot s: the slots in use are always the first ones
-    # A pass that reads prompts holds every step up; with many slots, some are free before one is made.
-    refill = max(1, slots // 32)
+    graphs = device.type in GRAPHS_ON  # they always look at whole slots
+    # A free slot gets the next prompt at once; only where steps are replayed, which a pass with prompts in it is not, are
+    # a few of many let run free before there is such a pass.
+    refill = max(1, slots // 32) if graphs and not fixed_slots else 1
+    filling = False
 
     cache = KVCache(model.config, slots, length, dtype, device)
     cache.splits = int(fixed_slots)
@@ -172,6 +183,8 @@ def generate_tokens(
             positions[begin], counts[begin] = sizes - 1, 0
             stream[begin] = torch.tensor([sequence.stream for sequence in fresh], device=device)
         logits = model(ids, places, segments, cache, slots=into, at=at)  # (N, V)
+        if fresh and not decoding and not first and not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite; are its weights damaged?")
         uniforms = counter_uniform(seed, stream[rows], counts[rows]) if temperature else None
         tokens[rows] = sample(logits[:, :vocab_limit], temperature, top_k, top_p, uniforms)
         if logps:
@@ -180,12 +193,12 @@ def generate_tokens(
         positions[rows] = (positions[rows] + 1).clamp(max=length - 1)
         counts[rows] += 1
 
-    graphs = device.type in GRAPHS_ON  # they always look at whole slots
     replay = _replayed(step, state, slots) if graphs else step
     while waiting or active:
         first, fresh = len(active), []
         room = 0 if fixed_slots else prefill_tokens
-        if slots - first >= min(refill, len(waiting)):
+        filling = bool(waiting) and first < slots and (filling or slots - first >= min(refill, len(waiting)))
+        if filling:
             while waiting and first + len(fresh) < slots and (not fresh or len(waiting[0].prompt) <= room):
                 fresh.append(waiting.popleft())
                 room -= len(fresh[-1].prompt)
@@ -243,9 +256,10 @@ def _replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callabl
 
     def replay(rows: int) -> None:
         size = next(size for size in sizes if size >= rows)
-        if size not in graphs:
-            graphs[size] = _captured(lambda: step(size), state, pool)
-        graphs[size]()
+        with torch.cuda.device(state.device):  # streams are the current device's
+            if size not in graphs:
+                graphs[size] = _captured(lambda: step(size), state, pool)
+            graphs[size]()
 
     return replay
 
@@ -253,7 +267,7 @@ def _replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callabl
 def _captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], None]:
     """`work` as a CUDA graph, `state` left as it is. `work` must only read and write memory that stays where it is."""
     before = state.clone()
-    side = torch.cuda.Stream()
+    side = _side_stream(state.device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()  # once for what is made at the first call, workspaces and handles, and may not be captured
@@ -261,9 +275,15 @@ def _captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], Non
     state.copy_(before)
     graph = torch.cuda.CUDAGraph()
     # Other threads (NCCL's watchdog) may go on calling CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         work()
     return graph.replay
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole process: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def sample(
@@ -288,7 +308,9 @@ def at_quantile(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     First the block of the vocabulary is found, then the place in it, so that cumulative sums are as long as a block.
     """
     n, vocabulary = probabilities.shape
-    blocks = F.pad(probabilities, (0, -vocabulary % BLOCK)).view(n, -1, BLOCK)
+    if vocabulary % BLOCK:
+        probabilities = F.pad(probabilities, (0, -vocabulary % BLOCK))
+    blocks = probabilities.view(n, -1, BLOCK)
     below_one = uniforms.clamp(max=1 - 2**-52)[:, None]  # times a sum it stays below the sum, rounded or not
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (N, blocks)
     target = below_one * ends[:, -1:]

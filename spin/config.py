@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from model.attention import BACKENDS
+from model.sampler import LOWEST_TEMPERATURE
 
 
 def _free(default):
@@ -207,6 +208,9 @@ def build(values: dict[str, object]) -> Config:
             raise ValueError(f"{name} = {value!r} is out of range")
     if not 0 < config.generate.top_p <= 1:
         raise ValueError(f"generate.top_p = {config.generate.top_p!r} is not in (0, 1]")
+    for name, part in (("generate", config.generate), ("evaluate", config.evaluate)):
+        if 0 < part.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"{name}.temperature = {part.temperature!r} is too near 0; 0 is greedy")
     if config.generate.fixed_slots and not config.generate.slots:
         raise ValueError("generate.fixed_slots needs generate.slots: the text is the same for the same number of slots")
     if not 0 < config.data.max_prompt_length < config.data.max_length:
@@ -228,12 +232,16 @@ def flat(config: Config) -> dict[str, object]:
 
 
 def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) -> list[str]:
-    """Settings of the given sections that changed and matter, as "train.lr = 1e-07 (was 5e-07)"."""
+    """Settings of the given sections that changed and matter, as "train.lr = 1e-07 (was 5e-07)".
+
+    What `old` lacks had its default: the setting came later than the file.
+    """
+    old = flat(Config()) | old
     free = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type) if f.metadata.get("free")}
     return [
-        f"{name} = {value!r} (was {old.get(name)!r})"
+        f"{name} = {value!r} (was {old[name]!r})"
         for name, value in flat(new).items()
-        if name.split(".")[0] in sections and name not in free and old.get(name) != value
+        if name.split(".")[0] in sections and name not in free and old[name] != value
     ]
 
 

@@ -12,6 +12,7 @@ A stage's result appears at once or not at all, and a stage whose result is ther
 """
 
 import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     )
     if generating and config.generate.fixed_slots:
         inputs["generate.slots"] = config.generate.slots
+        if ranks.device.type == "cpu":
+            inputs["OMP_NUM_THREADS"] = torch.get_num_threads()  # a matrix product's rounding depends on it
     sections = ("model", "data", "train") + ("generate",) * generating
     ranks.from_first(lambda: _same_origin(directory, config, sections, inputs))
     done = "generated" if last_stage == "generate" else "model"
@@ -142,6 +145,7 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
         if not ranks.from_first((directory / "generated").is_dir):
             generate_pairs(config, n, own, inputs["opponent"], directory / "generated", ranks)
             ranks.release_memory()  # the sampler's replica makes room for the policy
+        ranks.from_first(lambda: shutil.rmtree(directory / "generated.partial", ignore_errors=True))  # of a late kill
         made = {"opponent": inputs["opponent"], "settings": generation_settings(config)}
         own = verified_pairs(directory / "generated", config.data, own, made)
     if last_stage == "generate":

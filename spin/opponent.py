@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.mistral import Mistral
-from model.sampler import generate_stream
+from model.sampler import fitting_slots, generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config, Data, Generate
@@ -53,6 +53,10 @@ def generate_pairs(
     missing = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(prompts[i]))
     mine = missing[ranks.rank :: ranks.world_size]  # dealt by length: every rank has about as much to do
     model = load_model(source, getattr(torch, settings.dtype), ranks.device, config.model.attention)
+    # The same for all ranks and after an interruption: shapes move roundings.
+    slot_length = max(map(len, prompts)) + settings.max_new_tokens
+    slots = settings.slots or fitting_slots(model, slot_length, ranks.free_memory())
+    log.info("generate: up to %d sequences of %d tokens side by side on each rank", slots, slot_length)
     responses = generate_stream(
         model,
         [prompts[i] for i in mine],
@@ -63,10 +67,8 @@ def generate_pairs(
         seed=_mixed_seed(settings.seed, iteration),
         eos_id=tokenizer.eos_id,
         streams=mine,
-        slots=settings.slots,
-        memory=ranks.free_memory(),
-        # The same for all ranks and after an interruption: shapes move roundings.
-        slot_length=max(map(len, prompts)) + settings.max_new_tokens,
+        slots=slots,
+        slot_length=slot_length,
         fixed_slots=settings.fixed_slots,
         vocab_limit=tokenizer.vocab_size,
     )
@@ -90,14 +92,15 @@ def generate_pairs(
             bar.update(min(ranks.world_size, len(prompts) - bar.n))
     bar.close()
     busy = time.perf_counter() - began
-    sums = ranks.sum([tokens, busy])
-    slowest, total = max(ranks.gather(busy)), int(sums[0])
+    slowest, (total, work) = max(ranks.gather(busy)), ranks.sum([tokens, busy])
     about = {"opponent": opponent, "settings": generation_settings(config)}
     lengths = [len(prompt) for prompt in prompts]
     meta = ranks.from_first(lambda: _assemble(partial, directory, examples, lengths, counts, about))
+    idle = 1 - work / (slowest * ranks.world_size)
+    waiting = f"; on average a rank waited {idle:.1%} of that for the slowest" if ranks.world_size > 1 else ""
     log.info(
-        "generated %d responses now: %d tokens in %.1f s, %.0f tokens/s; ranks were busy for %.0f%% of that",
-        len(missing), total, slowest, total / slowest, 100 * sums[1] / (ranks.world_size * slowest),
+        "generated %d responses now: %d tokens in %.1f s, %.0f tokens/s%s",
+        len(missing), total, slowest, total / slowest, waiting,
     )  # fmt: skip
     log.info("%s: %s", directory, summary(meta))
     if ranks.first:
@@ -148,8 +151,10 @@ def verified_pairs(directory: Path, data: Data, examples: Sequence[Example] | No
         raise ValueError(f"{meta_file}: missing, so nothing says how these pairs were made; {remedy}")
     meta, pairs = read_json(meta_file), load_generated(directory, data)
     for key, wanted in (about or {}).items():
-        if meta.get(key) != wanted:
-            raise ValueError(f"{meta_file}: made with another {key} ({meta.get(key)}) than this run's ({wanted}); {remedy}")
+        if key not in meta:
+            raise ValueError(f"{meta_file}: does not say which {key} (an older version's?); {remedy}")
+        if meta[key] != wanted:
+            raise ValueError(f"{meta_file}: made with another {key} ({meta[key]}) than this run's ({wanted}); {remedy}")
     for pair, example in zip(pairs, examples or ()):
         if (pair.prompt, pair.real) != (example.prompt, example.real):
             raise ValueError(f"{pair.where}: not the prompt and the response of {example.where}; {remedy}")

@@ -17,7 +17,7 @@ NARROWEST = 24  # characters; in columns narrower than this, answers stand one b
 
 
 class Speaker:
-    """A model that answers questions under the template it was trained with."""
+    """A model that answers questions under the recipe's training template."""
 
     def __init__(self, name: str, path: Path, config: Config):
         self.name, self.config = name, config

@@ -74,10 +74,12 @@ def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [*launcher, str(ROOT / script), *arguments]
 
 
-def run_script(script: str, *arguments: str, ranks: int = 1, fails: bool = False, stderr: bool = True) -> str:
+def run_script(
+    script: str, *arguments: str, ranks: int = 1, fails: bool = False, stderr: bool = True, typed: str | None = None
+) -> str:
     """Run one of the three scripts in the project's root; returns what it printed. Checks the exit status."""
     done = subprocess.run(
-        command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, capture_output=True, env=environment()
+        command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, capture_output=True, env=environment(), input=typed
     )
     output = done.stdout + done.stderr
     assert bool(done.returncode) == fails, output

@@ -131,12 +131,14 @@ def documented_varlen(q, k, v, q_offsets, k_offsets, longest_q, longest_k, causa
     return torch.cat(parts)
 
 
+WINDOWS = []  # left and right, as the kernels were asked for them
 SPLITS = []  # what the kernels were asked for; 0 (flash-attn) and None (torch) leave it to them
 
 
 def documented_kvcache(q, k_cache, v_cache, cache_seqlens, causal, window_size, num_splits=0):
     assert cache_seqlens.dtype == torch.int32
     SPLITS.append(num_splits)
+    WINDOWS.append(window_size)
     window = (window_size[0], 0) if causal else window_size
     rows = zip(q, k_cache, v_cache, cache_seqlens)
     return torch.stack([documented(q, k[:n], v[:n], window) for q, k, v, n in rows])
@@ -156,6 +158,7 @@ def documented_kernels(monkeypatch):
     def forward(q, k, v, q_offsets, k_offsets, max_q, max_k, dropout, causal, debug, *, scale=None,
                 window_size_left=None, window_size_right=None, seqused_k=None, num_splits=None, **unused):  # fmt: skip
         SPLITS.append(num_splits)
+        WINDOWS.append((window_size_left, window_size_right))
         assert dropout == 0.0 and scale is None and not any(value is not None for value in unused.values())
         out = compute(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right, seqused_k)
         state = torch.zeros(2, dtype=torch.int64)
@@ -190,6 +193,14 @@ def test_what_is_asked_of_the_kernels_is_what_the_twin_computes(documented_kerne
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
+def test_a_window_that_hides_nothing_is_not_asked_for(documented_kernels, backend):
+    """With a window, even one longer than the slot, FlashAttention reads a key head anew for each of its query heads."""
+    q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
+    attend_cached(q, k, v, Decoding.at(torch.tensor([1, 5, 11]), 12, slot_length=12), 12, backend)
+    assert WINDOWS[-1] == (-1, -1)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(documented_kernels, backend, window):
     torch.manual_seed(0)
@@ -198,6 +209,7 @@ def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(d
         step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12, splits=splits)
         ours, expected = (attend_cached(q, k, v, step, window, name) for name in (backend, "sdpa"))
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+        assert WINDOWS[-1] == (-1 if window is None else window - 1, -1 if window is None else 0)
         assert SPLITS[-1] == (splits or (0 if backend == "flash-attn" else None))  # 1: batch-invariant
 
 

@@ -69,6 +69,12 @@ def test_only_settings_that_move_results_count_as_changed():
     assert differences(flat(old), new, ("train", "data")) == ["train.lr = 1e-06 (was 5e-07)"]
 
 
+def test_a_setting_that_came_later_than_a_runs_file_had_its_default_there():
+    earlier = {name: value for name, value in flat(build({})).items() if name != "generate.top_k"}
+    assert not differences(earlier, build({}), ("generate",))
+    assert differences(earlier, build({"generate.top_k": 5}), ("generate",)) == ["generate.top_k = 5 (was 0)"]
+
+
 def test_iterations_are_read_from_numbers_and_ranges():
     assert iterations("0") == [0] and iterations("0-2,5") == [0, 1, 2, 5] and iterations("base,1", base=True) == [-1, 1]
     for bad in ("", "x", "2-0", "base", "1-", "-1"):

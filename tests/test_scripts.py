@@ -294,8 +294,7 @@ def test_a_run_killed_while_training_ends_as_if_undisturbed(undisturbed, recipe,
 def test_a_run_of_two_ranks_killed_while_generating_goes_on_with_one(undisturbed, recipe, tmp_path):
     arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
     partial = tmp_path / "killed/iter0/generated.partial"
-    ready = lambda: count_lines(partial / "rank0.jsonl", partial / "rank1.jsonl") >= 40  # noqa: E731
-    kill_when(arguments, ready, ranks=2)
+    kill_when(arguments, lambda: count_lines(*partial.glob("rank*.jsonl")) >= 40, ranks=2)
     run_script("generate.py", *arguments)
     assert generated(tmp_path / "killed/iter0") == generated(undisturbed)
 
@@ -305,7 +304,7 @@ def test_a_killed_rank_of_two_ends_the_job_and_the_next_one_goes_on(undisturbed,
     arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
     partial = tmp_path / "killed/iter0/generated.partial"
     kill_when(arguments, lambda: count_lines(partial / "rank1.jsonl") >= 20, ranks=2, only=victim)
-    kept = {line for file in partial.glob("rank*.jsonl") for line in open(file)}
+    kept = {line for file in partial.glob("rank*.jsonl") for line in open(file) if line.endswith("\n")}
     assert 20 <= len(kept) < 300
     output = run_script("generate.py", *arguments, ranks=2)
     assert f"generated {300 - len(kept)} responses now" in output
@@ -429,18 +428,22 @@ def test_fixed_slots_go_on_with_the_same_slots_only(undisturbed, recipe, tmp_pat
 
 def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
     run, _ = finished
-    ask = lambda *extra: run_script(  # noqa: E731
-        "generate.py", *recipe(run, "--generate.temperature=0"), *extra, "--prompt", "bab", stderr=False
-    )
+
+    def ask(*arguments, typed=None):
+        arguments = [*recipe(run, "--generate.temperature=0"), *arguments]
+        return run_script("generate.py", *arguments, stderr=False, typed=typed)
+
     answers = {}
     for name, path in (("base", run / "base/model"), ("iteration 1", run / "iter1/model")):
         tokenizer = Tokenizer(path)
         prompt = tokenizer.encode_prompt([{"role": "user", "content": "bab"}], "plain")
         (ids,) = generate(load_model(path, torch.float32), [prompt], max_new_tokens=12, eos_id=tokenizer.eos_id)
         answers[name] = tokenizer.decode_continuation(ids) + (" [cut at 12 tokens]" if ids[-1] != tokenizer.eos_id else "")
-    assert ask("--iter", "base") == answers["base"] + "\n"
-    assert ask("--model", str(run / "iter1/model")) == answers["iteration 1"] + "\n"
-    assert ask("--iter", "base,1") == side_by_side(answers, 80) + "\n"
+    assert ask("--iter", "base", "--prompt", "bab") == answers["base"] + "\n"
+    assert ask("--model", str(run / "iter1/model"), "--prompt", "bab") == answers["iteration 1"] + "\n"
+    both = side_by_side(answers, 80) + "\n"
+    assert ask("--iter", "base,1", "--prompt", "bab") == both
+    assert ask("--iter", "base,1", "--interactive", typed="bab\n\nbab\n") == both * 2  # an empty line is no question
 
 
 def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, recipe):
