@@ -44,10 +44,10 @@ def main() -> None:
 
 
 def _generate(arguments, recipe) -> None:
-    numbers = cli.iterations(arguments.iter)
-    if len(numbers) > 1:
-        raise ValueError(f"--iter {arguments.iter}: one at a time; the next opponent does not exist yet")
-    (n,) = numbers
+    if not arguments.iter.isdigit():
+        raise ValueError(f"--iter {arguments.iter}: one iteration at a time is generated for; several models, and base, "
+                         "are for --prompt and --interactive")  # fmt: skip
+    n = int(arguments.iter)
     config = recipe.at(n)
     check(recipe, [n])
     with ranks() as group, working_on(config, group):
@@ -72,9 +72,10 @@ def _models(arguments, recipe):
             ("base" if n < 0 else f"iteration {n}", recipe.at(max(n, 0)).model_dir(n), recipe.at(max(n, 0)))
             for n in numbers
         ]
-    for _, path, config in models:
+    for name, path, config in models:
         if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such model")
+            made_by = "" if arguments.model else f"; {name} is made by train.py"
+            raise FileNotFoundError(f"{path}: no such model{made_by}")
         check_model(path, config, (config.generate,))
     return models
 
@@ -92,8 +93,14 @@ def _interact(speakers: Sequence[Speaker]) -> None:
             line = input(prompt)
         except (EOFError, KeyboardInterrupt):
             return
-        if line.strip():
+        if not line.strip():
+            continue
+        if not prompt:
+            print(f"> {line}")  # or nobody could tell which answer is whose
+        try:
             _respond(speakers, len(speakers), line)
+        except ValueError as error:
+            print(f"error: {error}")
 
 
 def _respond(speakers: Iterable[Speaker], count: int, question: str) -> None:

@@ -1,7 +1,8 @@
-"""The slot sampler beside transformers' generate, as the official pipeline uses it.
+r"""The slot sampler beside transformers' generate, as the official pipeline uses it.
 
     python -m benchmarks.generate --model DIR --data FILE [--dtype float32]         # a trained model: its texts end
-    python -m benchmarks.generate --shape 7b --device cuda --dtype bfloat16 --slots 64,128,256,512
+    python -m benchmarks.generate --shape 7b --device cuda --dtype bfloat16 --slots 64,128,256,512 \
+        --prompts 1024 --reference-prompts 64 --repeats 1                            # the paper's shape, unrun so far
 
 The reference is MistralForCausalLM.generate with SDPA, greedy, on batches of 16 in file order, padded at the left: a
 batch takes as long as its longest response. Tokens are counted up to a response's end. Texts are compared first; where

@@ -123,13 +123,15 @@ def generate_tokens(
     Raises ValueError for an empty prompt, a setting out of range, a slot that free memory does not hold, or logits that
     are not finite at the first prompts.
     """
-    if max_new_tokens < 1 or slots < 0 or samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or slots < 0 or samples < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             "need max_new_tokens >= 1, slots >= 0, samples >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{max_new_tokens}, {slots}, {samples}, {temperature}, {top_k}, {top_p}"
         )
     if 0 < temperature < LOWEST_TEMPERATURE:
         raise ValueError(f"temperature = {temperature} is too near 0; 0 is greedy")
+    if streams is not None and len(streams) != len(prompts):
+        raise ValueError(f"{len(streams)} streams for {len(prompts)} prompts")
     if fixed_slots and not slots:
         raise ValueError("fixed_slots needs a number of slots: the text is the same for the same slots")
     for i, prompt in enumerate(prompts):
@@ -146,7 +148,7 @@ def generate_tokens(
     if not fixed_slots:
         slots = min(slots, len(prompts) * samples)
     waiting = deque(
-        _Sequence(i * samples + copy, (streams[i] if streams else i) + (copy << 32), prompts[i])
+        _Sequence(i * samples + copy, (i if streams is None else streams[i]) + (copy << 32), prompts[i])
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: no late straggler
         for copy in range(samples)
     )
@@ -239,8 +241,8 @@ def fitting_slots(model: Mistral, length: int, free: int) -> int:
     size = KVCache.bytes_per_slot(model.config, length, weight.dtype)
     if free * CACHE_SHARE < size:
         raise ValueError(
-            f"a cache for one sequence of {length} tokens takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-            "lower max_new_tokens or the longest prompt, or make room"
+            f"a cache for one sequence of {length} tokens takes {size / 1e6:.1f} MB, and of {free / 1e6:.1f} MB free memory "
+            f"{CACHE_SHARE:.0%} may be used; lower max_new_tokens or the longest prompt, or make room"
         )
     return min(int(free * CACHE_SHARE / size), MOST_SLOTS[weight.device.type])
 

@@ -49,7 +49,10 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
             load_own_examples(config, Counter())
             if config.evaluate.heldout:
                 load_heldout(config, Counter())
-        opponent = config.model_dir(n - 1)
+        directory, opponent = config.iteration_dir(n), config.model_dir(n - 1)
+        _same_settings(directory, config, _sections(config))
+        if _generates(config) and (directory / "generated").is_dir() and not (directory / "model").is_dir():
+            verified_pairs(directory / "generated", config.data)
         if opponent.is_dir():
             used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
             check_model(opponent, config, used)
@@ -116,7 +119,7 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     config = recipe.at(n)
     directory = config.iteration_dir(n)
     self_play = config.train.objective == "spin"
-    generating = self_play and not config.data.pairs
+    generating = _generates(config)
     if last_stage == "generate" and not generating:
         raise ValueError("nothing is generated where data.pairs is given or train.objective is sft")
 
@@ -127,14 +130,12 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     inputs = ranks.from_first(
         lambda: {"opponent": fingerprint(source), "data": digest(own), "replayed": [digest(old) for old in replayed]}
     )
-    if generating and config.generate.fixed_slots:
-        inputs["generate.slots"] = config.generate.slots
-        if ranks.device.type == "cpu":
-            inputs["OMP_NUM_THREADS"] = torch.get_num_threads()  # a matrix product's rounding depends on it
-    sections = ("model", "data", "train") + ("generate",) * generating
-    ranks.from_first(lambda: _same_origin(directory, config, sections, inputs))
+    ranks.from_first(lambda: _same_origin(directory, config, _sections(config), inputs))
+    made = {"opponent": inputs["opponent"], "settings": generation_settings(config)}
     done = "generated" if last_stage == "generate" else "model"
     if ranks.from_first((directory / done).is_dir):
+        if last_stage == "generate":
+            ranks.from_first(lambda: verified_pairs(directory / "generated", config.data, own, made) and None)
         if last_stage == "generate" or not evaluate_model(config, n, ranks):
             log.info("%s: finished, nothing to do", directory)
         return
@@ -146,7 +147,6 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
             generate_pairs(config, n, own, inputs["opponent"], directory / "generated", ranks)
             ranks.release_memory()  # the sampler's replica makes room for the policy
         ranks.from_first(lambda: shutil.rmtree(directory / "generated.partial", ignore_errors=True))  # of a late kill
-        made = {"opponent": inputs["opponent"], "settings": generation_settings(config)}
         own = verified_pairs(directory / "generated", config.data, own, made)
     if last_stage == "generate":
         return
@@ -239,6 +239,16 @@ def earlier_pairs(now: Config, config: Config, n: int) -> list[Example]:
 def working_on(config: Config, ranks: Ranks):
     """A context in which no other process works in the run's directory."""
     return only_process(Path(config.run.dir), hold=ranks.first)
+
+
+def _generates(config: Config) -> bool:
+    """Whether the opponent is to write responses."""
+    return config.train.objective == "spin" and not config.data.pairs
+
+
+def _sections(config: Config) -> tuple[str, ...]:
+    """Whose settings an iteration depends on."""
+    return ("model", "data", "train") + ("generate",) * _generates(config)
 
 
 def _same_origin(directory: Path, config: Config, sections: tuple[str, ...], inputs: dict) -> None:

@@ -19,7 +19,7 @@ from model.weights import load_model
 from spin.config import Config, Data, Generate
 from spin.data import Example, digest, encode_prompts, load_generated
 from spin.distributed import Ranks
-from spin.files import commit, cut_unfinished_line, read_json, to_json
+from spin.files import commit, cut_unfinished_line, read_json, to_json, write_whole
 from spin.logps import response_logps
 from spin.packing import Item, cost, micro_batches, pack
 
@@ -45,6 +45,8 @@ def generate_pairs(
 
     def repair() -> set[int]:
         partial.mkdir(parents=True, exist_ok=True)
+        if settings.fixed_slots:
+            _same_shapes(partial, {"generate.slots": settings.slots, "threads": torch.get_num_threads()})
         for file in partial.glob("rank*.jsonl"):
             cut_unfinished_line(file)
         return {row["prompt"] for row in _rows(partial)}
@@ -149,7 +151,10 @@ def verified_pairs(directory: Path, data: Data, examples: Sequence[Example] | No
     meta_file = directory / "meta.json"
     if not meta_file.is_file():
         raise ValueError(f"{meta_file}: missing, so nothing says how these pairs were made; {remedy}")
-    meta, pairs = read_json(meta_file), load_generated(directory, data)
+    try:
+        meta, pairs = read_json(meta_file), load_generated(directory, data)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
     for key, wanted in (about or {}).items():
         if key not in meta:
             raise ValueError(f"{meta_file}: does not say which {key} (an older version's?); {remedy}")
@@ -168,8 +173,7 @@ def verified_pairs(directory: Path, data: Data, examples: Sequence[Example] | No
 
 def generation_settings(config: Config) -> dict:
     """The settings that generated text depends on."""
-    settings = {f.name: getattr(config.generate, f.name) for f in fields(Generate) if not f.metadata.get("free")}
-    return settings | ({"slots": config.generate.slots} if config.generate.fixed_slots else {})
+    return {f.name: getattr(config.generate, f.name) for f in fields(Generate) if not f.metadata.get("free")}
 
 
 def summary(meta: dict) -> str:
@@ -182,9 +186,27 @@ def summary(meta: dict) -> str:
     )
 
 
+def _same_shapes(partial: Path, now: dict) -> None:
+    """Record at the first start what the roundings of fixed slots depend on; refuse to go on under something else."""
+    file = partial / "shapes.json"
+    if not file.is_file():
+        write_whole(file, to_json(now))
+    for name, begun in read_json(file).items():
+        if now[name] != begun:
+            hint = "set OMP_NUM_THREADS, which torchrun sets to 1 where it is not set" if name == "threads" else "put it back"
+            raise ValueError(f"{partial}: with fixed slots, begun with {name} = {begun}, now {now[name]}; {hint}")
+
+
 def _rows(partial: Path) -> list[dict]:
-    lines = (line for file in sorted(partial.glob("rank*.jsonl")) for line in open(file, encoding="utf-8"))
-    return [json.loads(line) for line in lines]
+    """The responses that are there. Raises ValueError with file and line for one that can't be read."""
+    rows = []
+    for file in sorted(partial.glob("rank*.jsonl")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number}: not JSON ({error}); delete the line to have it answered anew") from None
+    return rows
 
 
 def _mixed_seed(seed: int, iteration: int) -> int:

@@ -79,15 +79,16 @@ def run_script(
 ) -> str:
     """Run one of the three scripts in the project's root; returns what it printed. Checks the exit status."""
     done = subprocess.run(
-        command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, capture_output=True, env=environment(), input=typed
-    )
+        command(script, *arguments, ranks=ranks), cwd=ROOT, capture_output=True, env=environment(),
+        text=True, errors="surrogateescape", input=typed,
+    )  # fmt: skip
     output = done.stdout + done.stderr
     assert bool(done.returncode) == fails, output
     return output if stderr else done.stdout
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUTF8": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -86,13 +86,15 @@ def test_no_prompts_and_impossible_ones():
     assert generate(model, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[5], []], max_new_tokens=4)
-    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(top_k=-1), dict(samples=0), dict(slots=-1)):
+    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(samples=0), dict(slots=-1)):
         with pytest.raises(ValueError, match="need max_new_tokens"):
             generate(model, [[5]], **dict(max_new_tokens=1) | bad)
     with pytest.raises(ValueError, match="need max_new_tokens"):
         generate(model, [[5]], max_new_tokens=0)
     with pytest.raises(ValueError, match="slot_length = 3, but a prompt and its response may have 5"):
         generate(model, [[5]], max_new_tokens=4, slot_length=3)
+    with pytest.raises(ValueError, match="3 streams for 1 prompts"):
+        generate(model, [[5]], max_new_tokens=4, streams=[1, 2, 3])
     with pytest.raises(ValueError, match="temperature = 1e-09 is too near 0"):
         generate(model, [[5]], max_new_tokens=4, temperature=1e-9)
     with pytest.raises(ValueError, match="fixed_slots needs a number"):
@@ -217,7 +219,7 @@ def test_slots_are_as_many_as_memory_holds():
     assert cache.k.nbytes + cache.v.nbytes == 5 * 100 * 384
     assert fitting_slots(model, 100, 10 * 100 * 384) == 8  # four fifths
     assert fitting_slots(model, 100, 1 << 40) == 128  # a CPU gains nothing from more
-    with pytest.raises(ValueError, match="one sequence of 100 tokens takes 0.0 GB, and 0.0 GB are free"):
+    with pytest.raises(ValueError, match="one sequence of 100 tokens takes 0.0 MB, and of 0.0 MB"):
         fitting_slots(model, 100, 100 * 384)
     assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
 

@@ -398,8 +398,11 @@ def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
     copy = shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(copy / "iter0/model")
     (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("")
-    output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
-    assert "0 pairs for 49 prompts; remove" in output
+    for script in ("train.py", "generate.py"):
+        output = run_script(script, *recipe(copy), "--iter", "0", fails=True)
+        assert "0 pairs for 49 prompts; remove" in output and "evaluate" not in output
+    (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("no JSON\n")
+    assert "part-00000-of-00001.jsonl:1: not JSON" in run_script("generate.py", *recipe(copy), "--iter", "0", fails=True)
 
 
 def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path):
@@ -420,10 +423,20 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
     assert f"  prompt: {first['real'][0]['content']}\n  real: {first['real'][1]['content']}\n  generated:" in output
 
 
-def test_fixed_slots_go_on_with_the_same_slots_only(undisturbed, recipe, tmp_path):
+def test_fixed_slots_go_on_with_the_same_slots_only_until_all_is_generated(undisturbed, recipe, tmp_path):
     copy = shutil.copytree(undisturbed.parent, tmp_path / "copy")
-    arguments = recipe(copy, *SLOW, "--generate.slots=5")
-    assert "begun with another generate.slots" in run_script("train.py", *arguments, "--iter", "0", fails=True)
+    arguments = [*recipe(copy, *SLOW, "--generate.slots=5"), "--iter", "0"]
+    assert "finished, nothing to do" in run_script("generate.py", *arguments)
+    shutil.rmtree(copy / "iter0/generated")
+    partial = copy / "iter0/generated.partial"
+    write_jsonl(partial / "rank0.jsonl", [{"prompt": 1, "response": "a", "tokens": 2, "ended": True}])
+    (partial / "shapes.json").write_text('{"generate.slots": 4, "threads": 1}')
+    assert "begun with generate.slots = 4, now 5" in run_script("generate.py", *arguments, fails=True)
+    (partial / "shapes.json").write_text('{"generate.slots": 5, "threads": 2}')
+    assert "begun with threads = 2, now 1; set OMP_NUM_THREADS" in run_script("generate.py", *arguments, fails=True)
+    (partial / "shapes.json").unlink()
+    (partial / "rank0.jsonl").write_text('{"prompt": 1}\nnot a row\n')
+    assert "rank0.jsonl:2: not JSON" in run_script("generate.py", *arguments, fails=True)
 
 
 def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
@@ -443,7 +456,10 @@ def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
     assert ask("--model", str(run / "iter1/model"), "--prompt", "bab") == answers["iteration 1"] + "\n"
     both = side_by_side(answers, 80) + "\n"
     assert ask("--iter", "base,1", "--prompt", "bab") == both
-    assert ask("--iter", "base,1", "--interactive", typed="bab\n\nbab\n") == both * 2  # an empty line is no question
+    # An empty line is no question, and one that can't be asked does not end the conversation.
+    output = ask("--iter", "base,1", "--interactive", typed="bab\n\n\udcff\nbab\n")
+    assert output.startswith(f"> bab\n{both}> ") and output.endswith(f"> bab\n{both}")
+    assert "error: half a character" in output
 
 
 def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, recipe):
@@ -452,7 +468,8 @@ def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, 
         (["--iter", "base,7", "--prompt", "a"], "iter7/model: no such model"),
         (["--iter", "0", "--prompt", " "], "--prompt is empty"),
         (["--model", str(run)], "--model goes with --prompt"),
-        (["--iter", "0,1"], "one at a time"),
+        (["--iter", "0,1"], "one iteration at a time"),
+        (["--iter", "base"], "one iteration at a time"),
     ):
         assert message in run_script("generate.py", *recipe(run), *arguments, fails=True)
 
