@@ -12,7 +12,7 @@ import model.sampler as sampler
 from model.attention import Segments
 from model.kv_cache import KVCache, free_memory
 from model.sampler import (
-    at_quantile, counter_uniform, fitting_slots, generate, generate_stream, generate_tokens, restricted, sample,
+    at_quantiles, counter_uniform, fitting_slots, generate, generate_stream, generate_tokens, restricted, sample,
 )
 
 PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4)]
@@ -274,25 +274,30 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("by", ["stream", "step"])
-def test_sampled_tokens_have_the_softmax_distribution(by):
-    # 19 degrees of freedom: 43.8 is the 99.9% quantile of chi-square.
+@pytest.mark.parametrize("vocabulary", [20, 600])
+def test_sampled_tokens_have_the_softmax_distribution(by, vocabulary):
     draws = 200_000
     torch.manual_seed(0)
-    logits = torch.randn(20)
+    logits = torch.randn(vocabulary)
     counter, other = torch.arange(draws), torch.full((draws,), 7)
     uniforms = counter_uniform(11, *((counter, other) if by == "stream" else (other, counter)))
-    tokens = sample(logits.expand(draws, -1), 1.0, uniforms=uniforms)
-    counts = torch.bincount(tokens, minlength=20)
-    assert chi_square(counts, logits.softmax(-1) * draws) < 43.8
+    tokens = torch.cat([sample(logits.expand(len(u), -1), 1.0, uniforms=u) for u in uniforms.split(20_000)])
+    counts = torch.bincount(tokens, minlength=vocabulary)
+    # The 99.9% quantiles of chi-square with 19 and with 599 degrees of freedom.
+    assert chi_square(counts, logits.softmax(-1) * draws) < {20: 43.8, 600: 710.0}[vocabulary]
 
 
 def test_uniform_numbers_are_uniform_and_neighbours_independent():
     # 99 and 99 degrees of freedom: 148.2 is the 99.9% quantile.
     streams, steps = torch.meshgrid(torch.arange(400), torch.arange(250), indexing="ij")
-    uniforms = counter_uniform(0, streams.flatten(), steps.flatten())
-    assert uniforms.min() >= 0 and uniforms.max() < 1 and len(uniforms.unique()) == 100_000
-    assert chi_square(torch.histc(uniforms, 100, 0, 1), torch.full((100,), 1000.0)) < 148.2
-    for a, b in ((uniforms[:-1], uniforms[1:]), (uniforms[:-250], uniforms[250:])):  # next step, next stream
+    both = counter_uniform(0, streams.flatten(), steps.flatten())
+    assert both.shape == (100_000, 2) and both.dtype == torch.float64
+    pairs = [(both[:, 0], both[:, 1]), (both[:-1, 1], both[1:, 0])]  # the two of a token; and of the next token
+    for uniforms in both.T:
+        assert uniforms.min() >= 0 and uniforms.max() < 1 and len(uniforms.unique()) == 100_000
+        assert chi_square(torch.histc(uniforms, 100, 0, 1), torch.full((100,), 1000.0)) < 148.2
+        pairs += [(uniforms[:-1], uniforms[1:]), (uniforms[:-250], uniforms[250:])]  # next step, next stream
+    for a, b in pairs:
         cell = (a * 10).long() * 10 + (b * 10).long()
         assert chi_square(torch.bincount(cell, minlength=100), torch.full((100,), len(a) / 100)) < 148.2
 
@@ -339,21 +344,25 @@ def test_the_tokens_left_out_are_those_of_transformers(name):
 def test_kept_tokens_are_drawn_with_the_probabilities_of_transformers(temperature, top_k, top_p):
     logits = LOGITS["drawn"][:1]
     expected = their_scores(logits, temperature, top_k, top_p).softmax(-1)[0].double()
-    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # evenly: frequencies are probabilities
+    # Evenly over the unit square: frequencies are probabilities, up to the grid's step.
+    grid = torch.cartesian_prod(*[(torch.arange(600, dtype=torch.float64) + 0.5) / 600] * 2)
     tokens = torch.cat([sample(logits.expand(len(u), -1), temperature, top_k, top_p, u) for u in grid.split(10_000)])
     frequencies = torch.bincount(tokens, minlength=300).double() / len(grid)
-    torch.testing.assert_close(frequencies, expected, atol=3e-5, rtol=0)
+    torch.testing.assert_close(frequencies, expected, atol=1 / 600, rtol=0)
     assert not frequencies[expected == 0].any()
 
 
-def test_a_quantile_falls_on_a_token_that_has_probability_also_at_the_ends():
+def test_a_token_that_is_drawn_has_probability_also_at_the_ends():
     last = 1 - 2**-53  # the largest uniform number
     probabilities = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0]]).repeat(2, 300)[:, :1000]
-    lowest, highest = (at_quantile(probabilities, torch.full((4,), u, dtype=torch.float64)) for u in (0.0, last))
+    lowest, highest = (at_quantiles(probabilities, torch.full((4, 2), u, dtype=torch.float64)) for u in (0.0, last))
     assert lowest.tolist() == [2, 1, 2, 1] and highest.tolist() == [998, 998, 998, 998]
-    torch.manual_seed(0)
-    drawn = (torch.randn(50, 1000) * 4).softmax(-1)
-    uniforms = torch.rand(50, dtype=torch.float64)
-    cumulative = drawn.double().cumsum(-1)
-    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-    assert torch.equal(at_quantile(drawn, uniforms), expected)
+
+
+def test_a_place_is_drawn_in_a_block_as_by_hand():
+    probabilities = torch.zeros(1, 600)
+    probabilities[0, [10, 20, 300, 599]] = torch.tensor([0.1, 0.2, 0.3, 0.4])  # blocks of 256: 0.3, 0.3, 0.4
+    for place, block, token in ((0.0, 0.0, 10), (0.32, 0.29, 10), (0.34, 0.29, 20), (0.9, 0.31, 300), (0.1, 0.61, 599)):
+        uniforms = torch.tensor([[place, block]], dtype=torch.float64)
+        assert at_quantiles(probabilities, uniforms).tolist() == [token]
+
