@@ -19,7 +19,6 @@ import multiprocessing
 import random
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
