@@ -10,7 +10,8 @@ from pathlib import Path
 IGNORED = set(
     """
     architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path _attn_implementation
-    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled _commit_hash pad_token_id unk_token_id
+    sep_token_id decoder_start_token_id
     is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
     output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript use_bfloat16
     tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp max_sequence_length

@@ -46,7 +46,8 @@ def generate_pairs(
     def repair() -> set[int]:
         partial.mkdir(parents=True, exist_ok=True)
         if settings.fixed_slots:
-            _same_shapes(partial, {"generate.slots": settings.slots, "threads": torch.get_num_threads()})
+            threads = {"threads": torch.get_num_threads()} if ranks.device.type == "cpu" else {}
+            _same_shapes(partial, {"generate.slots": settings.slots} | threads)
         for file in partial.glob("rank*.jsonl"):
             cut_unfinished_line(file)
         return {row["prompt"] for row in _rows(partial)}
@@ -95,25 +96,21 @@ def generate_pairs(
     bar.close()
     busy = time.perf_counter() - began
     slowest, (total, work) = max(ranks.gather(busy)), ranks.sum([tokens, busy])
-    about = {"opponent": opponent, "settings": generation_settings(config)}
-    lengths = [len(prompt) for prompt in prompts]
-    meta = ranks.from_first(lambda: _assemble(partial, directory, examples, lengths, counts, about))
     idle = 1 - work / (slowest * ranks.world_size)
     waiting = f"; on average a rank waited {idle:.1%} of that for the slowest" if ranks.world_size > 1 else ""
     log.info(
         "generated %d responses now: %d tokens in %.1f s, %.0f tokens/s%s",
         len(missing), total, slowest, total / slowest, waiting,
     )  # fmt: skip
-    log.info("%s: %s", directory, summary(meta))
-    if ranks.first:
-        for pair in load_generated(directory, config.data)[:SAMPLES_SHOWN]:
-            log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", pair.question, pair.real, pair.generated)
+    about = {"opponent": opponent, "settings": generation_settings(config)}
+    lengths = [len(prompt) for prompt in prompts]
+    ranks.from_first(lambda: _assemble(partial, directory, examples, lengths, counts, about))
 
 
 def _assemble(
     partial: Path, directory: Path, examples: Sequence[Example], lengths: Sequence[int], counts: Counter, about: dict
-) -> dict:
-    """Check that every prompt has its response, and write the shards in the order of the prompts. Returns meta.json."""
+) -> None:
+    """Check that every prompt has its response, write the shards in the order of the prompts, and log a summary."""
     by_prompt = {row["prompt"]: row for row in reversed(_rows(partial))}  # a survivor of a killed job may write twice
     if sorted(by_prompt) != list(range(len(examples))):
         raise ValueError(f"{partial}: lacks {len(examples) - len(by_prompt)} prompts; run the same command again")
@@ -139,10 +136,14 @@ def _assemble(
     (final / "meta.json").write_text(to_json(meta))
     commit(final, directory)
     shutil.rmtree(partial)
-    return meta
+    log.info("%s: %s", directory, summary(meta))
+    for pair in pairs[:SAMPLES_SHOWN]:
+        log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", pair.question, pair.real, pair.generated)
 
 
-def verified_pairs(directory: Path, data: Data, examples: Sequence[Example] | None = None, about: dict | None = None):
+def verified_pairs(
+    directory: Path, data: Data, examples: Sequence[Example] | None = None, about: dict | None = None
+) -> list[Example]:
     """The pairs in `directory`: as many as meta.json says, unchanged since, and one for each of `examples` in turn.
 
     `about` has what meta.json must say of the opponent and the settings. Raises ValueError, naming what is not so.
@@ -192,7 +193,7 @@ def _same_shapes(partial: Path, now: dict) -> None:
     if not file.is_file():
         write_whole(file, to_json(now))
     for name, begun in read_json(file).items():
-        if now[name] != begun:
+        if name in now and now[name] != begun:
             hint = "set OMP_NUM_THREADS, which torchrun sets to 1 where it is not set" if name == "threads" else "put it back"
             raise ValueError(f"{partial}: with fixed slots, begun with {name} = {begun}, now {now[name]}; {hint}")
 

@@ -86,7 +86,8 @@ def test_no_prompts_and_impossible_ones():
     assert generate(model, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[5], []], max_new_tokens=4)
-    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(samples=0), dict(slots=-1)):
+    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(samples=0),
+                dict(slots=-1)):  # fmt: skip
         with pytest.raises(ValueError, match="need max_new_tokens"):
             generate(model, [[5]], **dict(max_new_tokens=1) | bad)
     with pytest.raises(ValueError, match="need max_new_tokens"):
@@ -365,4 +366,3 @@ def test_a_place_is_drawn_in_a_block_as_by_hand():
     for place, block, token in ((0.0, 0.0, 10), (0.32, 0.29, 10), (0.34, 0.29, 20), (0.9, 0.31, 300), (0.1, 0.61, 599)):
         uniforms = torch.tensor([[place, block]], dtype=torch.float64)
         assert at_quantiles(probabilities, uniforms).tolist() == [token]
-
