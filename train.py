@@ -23,7 +23,7 @@ def main() -> None:
         numbers = [] if arguments.sft else cli.iterations(arguments.iter)
         config = recipe.at(0)
         check(recipe, numbers)
-        with ranks() as group, working_on(config, group):
+        with ranks(config.run.shard_size) as group, working_on(config, group):
             if arguments.sft or (0 in numbers and not config.model.base):
                 run_base(config, group)
             if 0 in numbers:

@@ -65,6 +65,20 @@ def _unavailable(backend: str, device_type: str, dtype: torch.dtype, head_dim: i
     return "" if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no FlashAttention"
 
 
+def attention_ops() -> list:
+    """The operators that `attend` ends in, whichever backend: what selective checkpointing does not compute twice."""
+    aten = torch.ops.aten
+    ops = [
+        aten._flash_attention_forward.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
+    package = getattr(torch.ops.flash_attn, "_flash_attn_varlen_forward", None)  # there once flash-attn is imported
+    return [*ops, package.default] if package is not None else ops
+
+
 @dataclass
 class Segments:
     """Which rows of a packed stream attend to which.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model.attention import Decoding, Segments, attend, attend_cached, choose_backend
+from model.attention import Decoding, Segments, attend, attend_cached, attention_ops, choose_backend
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 
@@ -53,14 +53,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
 
-    def forward(
-        self, x: Tensor, rope, backend: str, segments: Segments | None, step: Decoding | None,
+    def project(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (T, H, D), rotated keys and values (T, K, D)."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None, step: Decoding | None,
         cache: KVCache | None, slots, positions,
     ) -> Tensor:  # fmt: skip
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        """What each token takes from those it sees (T, H·D)."""
         if cache is not None:
             cache.write(self.layer, k, v, slots, positions)
         n = 0 if step is None else len(step.lengths)
@@ -70,7 +74,7 @@ class Attention(nn.Module):
         if segments is not None:
             parts.append(attend(q[n:], k[n:], v[n:], segments, self.window, backend))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (T, H, D)
-        return self.o_proj(out.flatten(1))  # (T, E)
+        return out.flatten(1)
 
 
 class MLP(nn.Module):
@@ -89,20 +93,42 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.recompute = False  # activation checkpointing: keep only this block's input until the backward pass
+        self.checkpointing = "none"  # what the backward pass recomputes: see RECOMPUTED
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, *context, use_reentrant=False)
-        return self._forward(x, *context)
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x, *context)
+        kept = {"context_fn": _keep_products} if self.checkpointing == "selective" else {}
+        return checkpoint(self._forward, x, *context, use_reentrant=False, preserve_rng_state=False, **kept)
 
-    def _forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def _forward(self, x: Tensor, rope, *context) -> Tensor:
+        return self.after(x, self.self_attn.attend(*self.before(x, rope), *context))
+
+    def before(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """All that comes before attention. This and `after` have plain tensors alone, so they can be compiled."""
+        return self.self_attn.project(self.input_layernorm(x), rope)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All that comes after attention."""
+        x = x + self.self_attn.o_proj(attended)  # (T, E)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# Activation checkpointing: what a block's backward pass computes again, and what is kept for it instead.
+RECOMPUTED = {
+    "none": "nothing",
+    "selective": "norms, rotations, SiLU and products of elements; results of matrix products and of attention are kept",
+    "full": "the block, from its input",
+}
+
+
+def _keep_products():
+    """For torch.utils.checkpoint: keep what is dear to compute."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, *attention_ops()])
 
 
 class Mistral(nn.Module):

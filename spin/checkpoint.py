@@ -1,50 +1,126 @@
 """Stop and go on: sharded checkpoints of training; and the export to a Hugging Face directory."""
 
+import logging
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model.mistral import Mistral
 from model.weights import copy_tokenizer, write_checkpoint
 from spin.distributed import Ranks, whole
-from spin.files import commit, whole_directory
+from spin.files import commit, file_digest, read_json, to_json, whole_directory
+
+log = logging.getLogger("spin")
 
 
-def latest_step(directory: Path) -> int:
-    """The step of the newest complete checkpoint in `directory`; 0 if there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in _complete(directory)), default=0)
+class Checkpoints:
+    """<directory>/step-NNNNNN: parameters and optimizer, each rank its shards, written beside the training that goes on.
+
+    A checkpoint appears under its name when every rank's files are on disk and their digests with them, and the last
+    `keep` stay. It can be loaded on any number of ranks.
+    """
+
+    def __init__(self, directory: Path, keep: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks):
+        self.directory, self.keep, self.model, self.optimizer, self.ranks = directory, keep, model, optimizer, ranks
+        self.group = ranks.new_group()  # its own: what is written meanwhile must not meet training's collectives
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def restore(self) -> int:
+        """Load the newest checkpoint that is whole; returns its step, 0 if there is none.
+
+        One with files that are missing or differ from their digests is put aside as step-NNNNNN.damaged, saying so.
+        """
+        self.ranks.from_first(self._clear)
+        for step in self.ranks.from_first(lambda: sorted(_complete(self.directory), reverse=True)):
+            path = _path(self.directory, step)
+            damaged = [name for names in self.ranks.gather(self._damaged(path)) for name in names]
+            if not damaged:
+                state = _state(self.model, self.optimizer)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # torch's notes on its own deprecated storage classes
+                    dcp.load(state, checkpoint_id=path)
+                set_state_dict(
+                    self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+                )
+                return step
+            log.warning("%s: damaged (%s): put aside as *.damaged, going on from the one before it", path, damaged[0])
+            self.ranks.from_first(lambda: path.rename(path.with_suffix(".damaged")) and None)
+        return 0
+
+    def save(self, step: int) -> None:
+        """Begin to write a checkpoint, once the one before is there. Raises OSError if that one could not be written."""
+        self.wait()
+        path = _path(self.directory, step)
+        partial = path.with_name(path.name + ".partial")
+        self.ranks.from_first(lambda: partial.mkdir(parents=True))
+        copied = dcp.async_save(_state(self.model, self.optimizer), checkpoint_id=partial, process_group=self.group)
+        self.pending = self.writer.submit(self._finish, copied, partial, path)
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was being written could not be, on this rank."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until what is being written is there. Raises OSError if it could not be written."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            pending.result()
+        except (OSError, CheckpointException) as error:
+            raise OSError(
+                f"{self.directory}: the checkpoint could not be written ({_cause(error)}); the ones before it are intact. "
+                "Mend that, and the same command goes on from the last one"
+            ) from error
+
+    def _finish(self, copied: Future, partial: Path, path: Path) -> None:
+        copied.result()
+        mine = {file.name: file_digest(file) for file in partial.glob(f"__{self.ranks.rank}_*")}
+        digests = self.ranks.gather(mine, self.group)
+        if self.ranks.first:
+            everything = {name: digest for part in digests for name, digest in part.items()}
+            everything[".metadata"] = file_digest(partial / ".metadata")
+            (partial / "digests.json").write_text(to_json(everything))
+            commit(partial, path)
+            for step in sorted(_complete(self.directory))[: -self.keep]:
+                shutil.rmtree(_path(self.directory, step))
+
+    def _damaged(self, path: Path) -> list[str]:
+        """Of this rank's share of the files, those that are not what was written."""
+        try:
+            digests = read_json(path / "digests.json")
+        except (OSError, ValueError):
+            return ["digests.json"]
+        names = sorted(digests)[self.ranks.rank :: self.ranks.world_size]
+        return [name for name in names if not (path / name).is_file() or file_digest(path / name) != digests[name]]
+
+    def _clear(self) -> None:
+        """Remove what a killed run was writing."""
+        for partial in self.directory.glob("step-*.partial"):
+            shutil.rmtree(partial)
 
 
-def save(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Write `directory`/step-NNNNNN, each rank its shards; older checkpoints go once it is there."""
-    path = directory / f"step-{step:06d}"
-    partial = path.with_name(path.name + ".partial")
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=partial)
-    if ranks.first:
-        commit(partial, path)
-        for old in _complete(directory):
-            if old != path:
-                shutil.rmtree(old)
-    ranks.barrier()
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
 
 
-def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state of `directory`/step-NNNNNN, written by any number of ranks, into model and optimizer."""
-    state = _state(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch's notes on its own deprecated storage classes
-        dcp.load(state, checkpoint_id=directory / f"step-{step:06d}")
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+def _complete(directory: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    names = (path.name.removeprefix("step-") for path in directory.glob("step-*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank on which it did."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card: str, ranks: Ranks) -> None:
@@ -69,7 +145,3 @@ def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card
 def _state(model: Mistral, optimizer: torch.optim.Optimizer) -> dict:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _complete(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit()]

@@ -7,7 +7,9 @@ import sys
 from contextlib import contextmanager
 
 from spin.config import Recipe
+from spin.trainer import Stopped
 
+log = logging.getLogger("spin")
 EPILOG = "Any setting of spin/config.py can be given as --section.key=value, e.g. --train.lr=1e-7."
 
 
@@ -47,6 +49,9 @@ def errors_in_words():
         yield
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
+    except Stopped as stopped:
+        log.info(stopped)
+        raise SystemExit(143) from None  # as a process that SIGTERM ended
     except (ValueError, OSError) as error:
         name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         raise SystemExit(f"error{name}: {error}") from None

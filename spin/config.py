@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from model.attention import BACKENDS
+from model.mistral import RECOMPUTED
 from model.sampler import LOWEST_TEMPERATURE
 
 
@@ -29,6 +30,7 @@ def _free(default):
 @dataclass(frozen=True)
 class Run:
     dir: str = "runs/tiny"  # where everything of this run is left
+    shard_size: int = _free(0)  # ranks that share one copy of the parameters, each group with its own (HSDP); 0: all of them
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,17 @@ class Optimization:
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32 always
     seed: int = 0  # order of the examples
+    second_moment: str = "float32"  # of RMSProp; bfloat16 halves it, rounded at random (spin/optimizer.py)
+    heldout_pairs: int = 0  # examples kept aside, drawn by `seed`, on which loss and margin are measured
+    heldout_every: int = _free(50)  # steps between two such measurements; the last step has one too
     token_budget: int = _free(8192)  # packed tokens of one forward and backward pass on each rank
     logit_chunk: int = _free(256)  # rows whose logits exist at one time; a GPU wants some thousands, a CPU's cache fewer
-    activation_checkpointing: bool = _free(False)  # recompute each block in the backward pass
+    activation_checkpointing: str = _free("none")  # what is computed again in the backward pass: none, selective, full
+    compile: bool = _free(False)  # torch.compile what stands before and after attention in each block
+    unsharded_gradients: bool = _free(False)  # reduce gradients once a step, not after each micro-batch: 4 bytes a parameter
     checkpoint_every: int = _free(200)  # steps
+    keep_checkpoints: int = _free(2)  # the last so many
+    tensorboard: bool = _free(False)  # the metrics as TensorBoard events too, in <iteration>/tensorboard
 
 
 @dataclass(frozen=True)
@@ -147,16 +156,21 @@ _CHOICES = {
     "train.template": ("zephyr", "instruction", "plain"),
     "train.optimizer": ("rmsprop", "adamw"),
     "train.dtype": ("bfloat16", "float32"),
+    "train.second_moment": ("float32", "bfloat16"),
+    "train.activation_checkpointing": tuple(RECOMPUTED),
     "train.objective": ("spin", "sft"),
     "train.loss": ("logistic", "hinge", "exponential", "correlation"),
     "sft.template": ("zephyr", "instruction", "plain"),
     "sft.optimizer": ("rmsprop", "adamw"),
     "sft.dtype": ("bfloat16", "float32"),
+    "sft.second_moment": ("float32", "bfloat16"),
+    "sft.activation_checkpointing": tuple(RECOMPUTED),
     "evaluate.dtype": ("bfloat16", "float32"),
 }
 _POSITIVE = ("max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget")
-_POSITIVE += ("logit_chunk", "checkpoint_every")
-_NOT_NEGATIVE = ("num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs", "beta", "replay", "limit")
+_POSITIVE += ("logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every")
+_NOT_NEGATIVE = ("shard_size", "num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs", "beta", "replay")
+_NOT_NEGATIVE += ("heldout_pairs", "limit")
 
 
 class Recipe:
@@ -221,6 +235,8 @@ def build(values: dict[str, object]) -> Config:
     for name, part in (("train", config.train), ("sft", config.sft)):
         if not 0 <= part.warmup < 1:
             raise ValueError(f"{name}.warmup = {part.warmup!r} is not in [0, 1)")
+        if part.second_moment != "float32" and part.optimizer != "rmsprop":
+            raise ValueError(f"{name}.second_moment = {part.second_moment!r} is for rmsprop, not {part.optimizer}")
         if 0 < part.schedule_epochs < part.epochs:
             raise ValueError(f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}")
     return config
@@ -258,7 +274,8 @@ def to_toml(config: Config) -> str:
 
 def read_toml(path: Path) -> dict[str, object]:
     """{"section.key": value} of a file that `to_toml` wrote."""
-    return _flatten(tomllib.loads(path.read_text()), str(path))
+    table = tomllib.loads(path.read_text())
+    return {f"{section}.{key}": value for section, entries in table.items() for key, value in entries.items()}
 
 
 def _toml_value(value) -> str:

@@ -150,7 +150,7 @@ def tokenize(
                 most = data.max_length - data.max_prompt_length
                 counts["responses cut"] += sum(len(response) > most for response in responses)
                 responses = [response[:most] for response in responses]
-        items.append(Item(prompt, tuple(responses)))
+        items.append(Item(prompt, tuple(responses), example.where))
     return items
 
 

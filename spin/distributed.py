@@ -6,6 +6,7 @@ collectives are gloo's.
 
 import gc
 import os
+import resource
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # (replicas, shards): parameters are sharded along the second dimension
 
     @property
     def first(self) -> bool:
@@ -58,6 +59,15 @@ class Ranks:
         sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return free_memory(self.device) // sharing
 
+    def peak_memory(self) -> int:
+        """Bytes that this rank has held at most: torch's tensors on its GPU, or the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -70,11 +80,21 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value) -> list:
+    def max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value, group=None) -> list:
         """The value of every rank, in the order of ranks, on every rank."""
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
+
+    def new_group(self):
+        """All ranks once more, for collectives on the CPU in a thread of their own."""
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def from_first(self, make):
         """make() of the first rank, on every rank; if it raises there, every rank raises."""
@@ -96,8 +116,12 @@ def this_device() -> torch.device:
 
 
 @contextmanager
-def ranks():
+def ranks(shard_size: int = 0):
     """Join the process group that torchrun describes, or a group of one; leave it at the end.
+
+    `shard_size` ranks hold one copy of a sharded model's parameters between them, all ranks if it is 0; groups of so
+    many follow each other, so that with a node's count of GPUs a node has its own copy. Raises ValueError if it does not
+    divide the number of ranks.
 
     After an error it is not left: that waits for the other ranks, which wait in a collective for this one. The process
     ends with its error instead, and torchrun ends the others.
@@ -110,8 +134,12 @@ def ranks():
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    group = Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    world_size = dist.get_world_size()
+    if world_size % (shard_size or world_size):
+        raise ValueError(f"run.shard_size = {shard_size} does not divide the number of ranks, {world_size}")
+    shape = (world_size // shard_size, shard_size) if shard_size else (1, world_size)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
+    group = Ranks(dist.get_rank(), world_size, device, mesh)
     yield group
     group.release_memory()
     group.barrier()  # no rank leaves while another still works
@@ -122,11 +150,12 @@ def sharded_model(
     source: Path | ModelConfig,
     ranks: Ranks,
     dtype: torch.dtype,
-    recompute: bool = False,
+    checkpointing: str = "none",
     seed: int = 0,
     attention: str = "auto",
+    compile: bool = False,
 ) -> Mistral:
-    """A model whose fp32 parameters are sharded over all ranks (FSDP2) and which computes in `dtype`.
+    """A model whose fp32 parameters are sharded as `ranks.mesh` says (FSDP2) and which computes in `dtype`.
 
     Gradients are reduced in fp32. `source` is a model directory, of which a rank reads the rows of its shards and no
     more; or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
@@ -139,10 +168,14 @@ def sharded_model(
         checkpoint.check(model)
     # Angles stay fp32, hence no cast of a block's inputs; what flows between blocks has `dtype` by itself.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = ranks.mesh if ranks.mesh["replicas"].size() > 1 else ranks.mesh["shards"]
     for block in model.model["layers"]:
-        block.recompute = recompute
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+        block.checkpointing = checkpointing
+        if compile:  # attention's segments differ in every pack, so it stays outside
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
     if not isinstance(source, ModelConfig):
         checkpoint.fill(model, lambda parameter: (parameter.to_local(), shard_rows(parameter)))
@@ -155,12 +188,17 @@ def sharded_model(
 
 def shard_rows(parameter: DTensor) -> slice:
     """The rows of the whole parameter that this rank holds: torch.chunk's, as FSDP2 shards them."""
-    mesh = parameter.device_mesh
-    size = -(-parameter.shape[0] // mesh.size())
-    start = min(mesh.get_local_rank() * size, parameter.shape[0])
+    shards = parameter.device_mesh["shards"]
+    size = -(-parameter.shape[0] // shards.size())
+    start = min(shards.get_local_rank() * size, parameter.shape[0])
     return slice(start, min(start + size, parameter.shape[0]))
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered on every rank (a collective)."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -49,7 +49,8 @@ def commit_bytes(path: Path, content: bytes) -> None:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path):

@@ -86,7 +86,9 @@ def run_base(config: Config, ranks: Ranks) -> None:
     items = tokenize(examples, vocabulary, part.template, config.data, counts)
     log.info("SFT on %d examples%s", len(items), _summary(counts))
     dtype = getattr(torch, part.dtype)
-    model = sharded_model(source, ranks, dtype, part.activation_checkpointing, part.seed, config.model.attention)
+    model = sharded_model(
+        source, ranks, dtype, part.activation_checkpointing, part.seed, config.model.attention, part.compile
+    )
     train(part, model, items, None, directory, ranks)
     about = f"{len(items)} examples{_summary(counts)}"
     _export(config, -1, model, tokenizer_path, inputs, about, directory, ranks)
@@ -157,9 +159,9 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
     about = f"{len(items)} examples, {len(items) - len(own)} of them replayed{_summary(counts)}"
     log.info("iteration %d: %s", n, about)
-    dtype = getattr(torch, config.train.dtype)
-    recompute = config.train.activation_checkpointing
-    model = sharded_model(source, ranks, dtype, recompute, attention=config.model.attention)
+    part = config.train
+    dtype, recomputed = getattr(torch, part.dtype), part.activation_checkpointing
+    model = sharded_model(source, ranks, dtype, recomputed, attention=config.model.attention, compile=part.compile)
     logps = opponent_logps(config, model, items, digest(examples), directory, ranks) if self_play else None
     train(config.train, model, items, logps, directory, ranks)
     _export(config, n, model, source, inputs, about, directory, ranks)

@@ -21,7 +21,7 @@ from spin.data import Example, digest, encode_prompts, load_generated
 from spin.distributed import Ranks
 from spin.files import commit, cut_unfinished_line, read_json, to_json, write_whole
 from spin.logps import response_logps
-from spin.packing import Item, cost, micro_batches, pack
+from spin.packing import Item, flops, micro_batches, pack
 
 PAIRS_PER_SHARD = 5000
 SAMPLES_SHOWN = 3
@@ -229,7 +229,10 @@ def score(
         for start in range(0, len(items), group):
             part = items[start : start + group]
             plan = micro_batches(
-                [item.packed_length for item in part], [cost(item) for item in part], ranks.world_size, token_budget
+                [item.packed_length for item in part],
+                [flops(model.config, item) for item in part],
+                ranks.world_size,
+                token_budget,
             )
             for places in plan[ranks.rank]:
                 packed = pack([part[i] for i in places]).to(ranks.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Segments
+from model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Item:
 
     prompt: list[int]
     responses: tuple[list[int], ...]
+    where: str = ""  # the file and line that it comes from, for messages
 
     @property
     def packed_length(self) -> int:
@@ -40,8 +42,10 @@ class Packed:
     lengths: Tensor  # (C,) how many of the R belong to each response, in turn
 
     def to(self, device) -> "Packed":
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "at", "targets", "lengths")}
-        return Packed(segments=self.segments.to(device), **moved)
+        names = ("tokens", "positions", "at", "targets", "lengths")
+        if torch.device(device).type == "cuda":  # from pinned memory, so that nothing waits for the copies
+            return Packed(segments=self.segments.to(device), **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
+        return Packed(segments=self.segments.to(device), **{name: getattr(self, name).to(device) for name in names})
 
 
 def pack(items: Sequence[Item]) -> Packed:
@@ -84,9 +88,24 @@ def pack(items: Sequence[Item]) -> Packed:
     )
 
 
-def cost(item: Item) -> float:
-    """Work of an item in arbitrary units: linear in its tokens, with the quadratic part of attention."""
-    return sum(len(item.prompt) + len(response) for response in item.responses) ** 2 / 8192 + item.packed_length
+def flops(architecture: ModelConfig, item: Item) -> int:
+    """Floating-point operations that a forward pass over an item needs, two for a multiply-add: the matrices for each
+    token, attention for what each token sees, the head where something is predicted. A backward pass needs twice as many.
+    """
+    c, prompt = architecture, len(item.prompt)
+    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    matrices = 2 * c.hidden_size * (heads + kv_heads) + 3 * c.hidden_size * c.intermediate_size  # of a block
+    seen = _seen(0, prompt, c.sliding_window)
+    seen += sum(_seen(prompt, prompt + len(response) - 1, c.sliding_window) for response in item.responses)
+    predicted = sum(map(len, item.responses))
+    layers = c.num_hidden_layers * (matrices * item.packed_length + 2 * heads * seen)
+    return 2 * (layers + c.vocab_size * c.hidden_size * predicted)
+
+
+def _seen(first: int, last: int, window: int | None) -> int:
+    """Keys that the tokens at positions first .. last - 1 see, all together: position i sees min(i + 1, window)."""
+    full = last if window is None else min(last, max(first, window))  # those that see all before them
+    return (full * (full + 1) - first * (first + 1)) // 2 + (last - full) * (window or 0)
 
 
 def micro_batches(

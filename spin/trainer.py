@@ -1,26 +1,35 @@
 """The training loop, for self-play and for SFT."""
 
-import json
 import math
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.mistral import Mistral
-from spin import checkpoint
+from spin.checkpoint import Checkpoints
 from spin.config import Optimization, Train
 from spin.distributed import Ranks
-from spin.files import write_whole
 from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
-from spin.packing import Item, cost, micro_batches, pack
+from spin.metrics import Log, peak_flops
+from spin.optimizer import make_optimizer
+from spin.packing import Item, Packed, flops, micro_batches, pack
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
 FIRST_STEP_TOLERANCE = 0.02  # mean |log p_θ − log p_θt|, nats a token
+
+# What spin_step returns, as means over a step's pairs; the last is how far policy and opponent are apart.
+METRICS = (
+    "loss", "accuracy", "margin", "reward_real", "reward_generated", "logps_real", "logps_generated", "drift",
+)  # fmt: skip
+HELD_OUT = ("loss", "accuracy", "margin")  # measured on examples kept aside; for SFT the first
 
 
 class Schedule:
@@ -59,7 +68,7 @@ def train(
     directory: Path,
     ranks: Ranks,
 ) -> None:
-    """Train a sharded model in place, from the last checkpoint in `directory` if there is one.
+    """Train a sharded model in place, from the last whole checkpoint in `directory` if there is one.
 
     Args:
         items: with `opponent`, pairs (real first, generated second); without, one response each, for SFT
@@ -68,73 +77,170 @@ def train(
 
     Leaves a checkpoint of the last step. A run that was stopped goes on to the numbers that it would have had, if ranks
     and token budget are the same; with others, up to rounding. Raises RuntimeError, before the optimizer's step, for a
-    gradient that is not finite, and for a first step at which policy and opponent are not one model.
+    loss or gradient that is not finite, and for a first step at which policy and opponent are not one model; OSError for
+    a checkpoint that cannot be written; Stopped after SIGTERM, once a checkpoint is there.
     """
-    schedule = Schedule(part, len(items))
-    optimizer = make_optimizer(part, model)
-    saved = directory / "checkpoints"
-    start = ranks.from_first(lambda: checkpoint.latest_step(saved))
-    if start:
-        checkpoint.load(saved, start, model, optimizer)
-    log = Log(directory / "metrics.jsonl", start) if ranks.first else None
+    aside = kept_aside(part, len(items))
+    used = sorted(set(range(len(items))) - set(aside))
+    schedule = Schedule(part, len(used))
+    optimizer = make_optimizer(part, model.parameters())
+    checkpoints = Checkpoints(directory / "checkpoints", part.keep_checkpoints, model, optimizer, ranks)
+    start = checkpoints.restore()
+    log = Log(directory, start, part.tensorboard) if ranks.first else None
     lengths = [item.packed_length for item in items]
-    costs = [cost(item) for item in items]
+    costs = [flops(model.config, item) for item in items]
+    peak = peak_flops(ranks.device)
 
-    bar = ranks.progress(schedule.stop, "train", "step", start)
-    for step in range(start, schedule.stop):
-        began = time.perf_counter()
-        batch = schedule.batch(step)
-        plan = micro_batches(
-            [lengths[i] for i in batch], [costs[i] for i in batch], ranks.world_size, part.token_budget
+    def share(chosen: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of the chosen examples, as indices."""
+        split = micro_batches(
+            [lengths[i] for i in chosen], [costs[i] for i in chosen], ranks.world_size, part.token_budget
         )
-        response_tokens = sum(len(response) for i in batch for response in items[i].responses)
-        sums = torch.zeros(8, dtype=torch.float64)
-        for places in plan[ranks.rank]:
-            chosen = [batch[place] for place in places]
-            packed = pack([items[i] for i in chosen]).to(ranks.device)
-            logps = response_logps(model, packed, part.logit_chunk)  # (C,)
-            if opponent is None:
-                loss = -logps.sum() / response_tokens
-                stats = [loss]
-            else:
-                loss, stats = spin_step(part, logps, opponent[chosen].to(ranks.device), len(batch))
-            (loss * ranks.world_size).backward()  # FSDP averages gradients over the ranks; the batch's mean is wanted
-            sums[: len(stats)] += torch.stack(stats).detach().double().cpu()
-        sums = ranks.sum(sums.tolist())
-        norm = clip_gradient(model, part.max_grad_norm)
-        if not math.isfinite(norm) or not math.isfinite(sums[0]):
-            raise RuntimeError(
-                f"step {step + 1}: loss {sums[0]}, gradient norm {norm}: not finite, so no step is taken. Examples of "
-                f"this step: {batch}. A lower lr or beta may help; the last checkpoint is intact"
-            )
-        drift = sums[7] * len(batch) / response_tokens
-        if step == 0 and drift > FIRST_STEP_TOLERANCE:
-            raise RuntimeError(
-                f"step 1: policy and opponent differ by {drift:.4f} nats a token and the loss is {sums[0]:.4f}, not "
-                f"{initial_loss(part.loss):.4f}, while they must be one model; were opponent_logps made from other "
-                "weights, pairs or settings?"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr(step)
-        optimizer.step()
-        optimizer.zero_grad()
+        return [[chosen[place] for place in places] for places in split[ranks.rank]]
 
-        done = step + 1
-        if log:
-            metrics = {"step": done, "epoch": done / schedule.steps_per_epoch, "loss": sums[0]}
-            if opponent is not None:
-                names = ("accuracy", "margin", "reward_real", "reward_generated", "logps_real", "logps_generated")
-                metrics |= dict(zip(names, sums[1:7], strict=True))
+    def load(chosen: list[int]) -> tuple[Packed, Tensor | None]:
+        theirs = None if opponent is None else opponent[chosen].to(ranks.device)
+        return pack([items[i] for i in chosen]).to(ranks.device), theirs
+
+    def forward(chosen: list[int], packed: Packed, theirs: Tensor | None, examples: Sequence[int]):
+        """A micro-batch's share of the loss and of the metrics of a step that has these examples."""
+        logps = response_logps(model, packed, part.logit_chunk)  # (C,)
+        if theirs is None:
+            loss = -logps.sum() / sum(len(response) for i in examples for response in items[i].responses)
+            return logps, loss, [loss]
+        return logps, *spin_step(part, logps, theirs, len(examples))
+
+    def held_out() -> dict[str, float]:
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=ranks.device)
+        with torch.no_grad():
+            for chosen in share(aside):
+                stats = forward(chosen, *load(chosen), aside)[-1]
+                sums[: len(stats)] += torch.stack(stats).double()
+        model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
+        means = dict(zip(METRICS, ranks.sum(sums.tolist())))
+        return {f"heldout_{name}": means[name] for name in (HELD_OUT if opponent is not None else HELD_OUT[:1])}
+
+    steps = [[used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop)]
+    bar = ranks.progress(schedule.stop, "train", "step", start)
+    with closing(prefetched(load(chosen) for batch in steps for chosen in share(batch))) as packs, on_sigterm() as stop:
+        for step, batch in enumerate(steps, start):
+            began = time.perf_counter()
+            sums = torch.zeros(len(METRICS), dtype=torch.float64, device=ranks.device)
+            seen = []
+            mine = share(batch)
+            for k, chosen in enumerate(mine, 1):
+                if part.unsharded_gradients:
+                    model.set_requires_gradient_sync(k == len(mine))
+                logps, loss, stats = forward(chosen, *next(packs), batch)
+                (loss * ranks.world_size).backward()  # FSDP averages gradients over the ranks; the batch's mean is wanted
+                sums[: len(stats)] += torch.stack(stats).detach().double()
+                seen.append((chosen, logps.detach()))
+            norm = clip_gradient(model, part.max_grad_norm)
+            *sums, stopping = ranks.sum([*sums.tolist(), bool(stop) or checkpoints.failed])
+            means = dict(zip(METRICS, sums))
+            if not math.isfinite(norm) or not math.isfinite(means["loss"]):
+                bad = [i for chosen, logps in seen for i in not_finite(chosen, logps)]
+                bad = [i for part_of in ranks.gather(bad) for i in part_of]
+                raise RuntimeError(
+                    f"step {step + 1}: loss {means['loss']}, gradient norm {norm}: not finite, so no step is taken. "
+                    f"{_named(bad or batch, items)}: {'log-probabilities that are not finite' if bad else 'this step'}. "
+                    "A lower lr or beta may help; the last checkpoint is intact"
+                )
+            if step == 0 and opponent is not None:
+                _check_first_step(part, means, sum(len(response) for i in batch for response in items[i].responses) / len(batch))
+            for group in optimizer.param_groups:
+                group |= {"lr": schedule.lr(step), "step": step}
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
             seconds = time.perf_counter() - began
-            speed = sum(lengths[i] for i in batch) / seconds
-            metrics |= {"grad_norm": norm, "lr": schedule.lr(step), "tokens_per_second": speed}
-            log.write(metrics)
-            shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "accuracy") if key in metrics}
-            bar.set_postfix(shown | {"tokens/s": f"{speed:.0f}"}, refresh=False)
-        bar.update()
-        if done % part.checkpoint_every == 0 or done == schedule.stop:
-            checkpoint.save(saved, done, model, optimizer, ranks)
+            metrics = {"step": done, "epoch": done / schedule.steps_per_epoch, "loss": means["loss"]}
+            if opponent is not None:
+                metrics |= {name: means[name] for name in METRICS[1:-1]}
+            metrics |= {
+                "grad_norm": norm,
+                "lr": schedule.lr(step),
+                "tokens_per_second": sum(lengths[i] for i in batch) / seconds,
+                "pairs_per_second" if opponent is not None else "examples_per_second": len(batch) / seconds,
+                "memory_gb": ranks.max([ranks.peak_memory() / 1e9])[0],
+            }
+            if peak:
+                useful = 3 * sum(costs[i] for i in batch)  # the backward pass takes twice the forward's
+                metrics["share_of_peak"] = useful / seconds / (peak * ranks.world_size)
+            if aside and (done % part.heldout_every == 0 or done == schedule.stop):
+                metrics |= held_out()
+            if log:
+                log.write(metrics)
+                shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "accuracy") if key in metrics}
+                bar.set_postfix(shown | {"tokens/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False)
+            bar.update()
+            if done % part.checkpoint_every == 0 or done == schedule.stop or stopping:
+                checkpoints.save(done)
+            if stopping and done < schedule.stop:
+                checkpoints.wait()
+                raise Stopped(f"stopped after step {done} of {schedule.stop}; the same command goes on from there")
+    checkpoints.wait()
     bar.close()
+    if log:
+        log.close()
+
+
+def kept_aside(part: Optimization, examples: int) -> list[int]:
+    """Indices of the examples that are not trained on, drawn by the seed."""
+    if not part.heldout_pairs:
+        return []
+    if part.heldout_pairs >= examples:
+        raise ValueError(f"heldout_pairs = {part.heldout_pairs} leaves nothing to train on, of {examples} examples")
+    generator = torch.Generator().manual_seed(part.seed)
+    return sorted(torch.randperm(examples, generator=generator)[: part.heldout_pairs].tolist())
+
+
+def prefetched(values: Iterator) -> Iterator:
+    """The same values; while one is in use, the next is made in a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        end = object()
+        coming = thread.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = thread.submit(next, values, end)
+            yield value
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has left a checkpoint."""
+
+
+@contextmanager
+def on_sigterm():
+    """Yields a list that is empty until the process receives SIGTERM, which does not end it meanwhile."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def not_finite(chosen: list[int], logps: Tensor) -> list[int]:
+    """Those of the chosen examples that have a log-probability which is not finite. logps: (C,), by turns"""
+    finite = logps.view(len(chosen), -1).isfinite().all(-1) if chosen else logps
+    return [i for i, good in zip(chosen, finite.tolist()) if not good]
+
+
+def _named(indices: list[int], items: Sequence[Item], most: int = 8) -> str:
+    names = [items[i].where or f"example {i}" for i in indices]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_first_step(part: Train, means: dict[str, float], response_tokens: float) -> None:
+    """Raise RuntimeError if policy and opponent are not one model. `response_tokens`: of a pair, on average."""
+    drift = means["drift"] / response_tokens
+    if drift > FIRST_STEP_TOLERANCE:
+        raise RuntimeError(
+            f"step 1: policy and opponent differ by {drift:.4f} nats a token and the loss is {means['loss']:.4f}, not "
+            f"{initial_loss(part.loss):.4f}, while they must be one model; were opponent_logps made from other "
+            "weights, pairs or settings?"
+        )
 
 
 def spin_step(part: Train, logps: Tensor, opponent: Tensor, pairs: int) -> tuple[Tensor, list[Tensor]]:
@@ -154,33 +260,12 @@ def spin_step(part: Train, logps: Tensor, opponent: Tensor, pairs: int) -> tuple
             part.beta * (generated - opponent_generated),
             real,
             generated,
-            (real - opponent_real).abs() + (generated - opponent_generated).abs(),
+            (real - opponent_real).abs() + (generated - opponent_generated).abs(),  # drift
         )
         return loss, [loss, *(metric.sum() / pairs for metric in metrics)]
-
-
-def make_optimizer(part: Optimization, model: Mistral) -> torch.optim.Optimizer:
-    """RMSProp as the paper has it (alpha 0.99, eps 1e-8, no momentum), or AdamW; no weight decay."""
-    parameters = list(model.parameters())
-    if part.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=part.lr, alpha=0.99, eps=1e-8, foreach=True)
-    return torch.optim.AdamW(parameters, lr=part.lr, weight_decay=0.0, foreach=True)
 
 
 def clip_gradient(model: Mistral, limit: float) -> float:
     """Scale the gradient down to norm `limit` if it is longer; returns its norm before, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return float(norm.full_tensor())
-
-
-class Log:
-    """metrics.jsonl: one object a step. Steps after `start`, which a killed run had logged, are taken off."""
-
-    def __init__(self, path: Path, start: int):
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        whole = (line for line in lines if line.endswith("\n"))
-        write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= start))
-        self._file = open(path, "a", buffering=1)  # a line is written as a whole
-
-    def write(self, metrics: dict) -> None:
-        self._file.write(json.dumps(metrics) + "\n")

@@ -20,8 +20,8 @@ def test_command_line_wins_over_iteration_over_recipe_over_default(tmp_path):
     r = recipe(tmp_path, text)
     assert [(r.at(n).train.lr, r.at(n).train.beta) for n in (0, 1, 7)] == [(3, 2), (4, 5), (4, 5)]
     assert r.at(0).train.batch_size == 64
-    r = recipe(tmp_path, text, "--train.lr=1e-7", "--data.path=a=b", "--train.activation_checkpointing=true")
-    assert (r.at(1).train.lr, r.at(1).data.path, r.at(1).train.activation_checkpointing) == (1e-7, "a=b", True)
+    r = recipe(tmp_path, text, "--train.lr=1e-7", "--data.path=a=b", "--train.compile=true")
+    assert (r.at(1).train.lr, r.at(1).data.path, r.at(1).train.compile) == (1e-7, "a=b", True)
 
 
 @pytest.mark.parametrize(

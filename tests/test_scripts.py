@@ -59,7 +59,7 @@ def test_the_first_loss_of_each_iteration_is_log_2(finished):
         assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert abs(first["margin"]) < 1e-3 and abs(first["reward_real"]) < 1e-3
     names = ("step epoch loss accuracy margin reward_real reward_generated logps_real logps_generated grad_norm lr "
-             "tokens_per_second").split()  # fmt: skip
+             "tokens_per_second pairs_per_second memory_gb").split()  # fmt: skip
     assert set(first) == set(names)
 
 
@@ -250,11 +250,14 @@ def count_lines(*files):
     return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
+TIMED = ("tokens_per_second", "pairs_per_second", "memory_gb")
+
+
 def assert_same_run(one, two):
     assert generated(one) == generated(two)
     for file in ("opponent_logps.safetensors", "model/model.safetensors", "evaluation/heldout.jsonl"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
-    timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]  # noqa: E731
+    timeless = lambda rows: [{k: v for k, v in row.items() if k not in TIMED} for row in rows]  # noqa: E731
     assert timeless(metrics(one)) == timeless(metrics(two))
 
 

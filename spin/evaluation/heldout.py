@@ -18,7 +18,7 @@ from spin.data import Example, digest, encode_prompts, load_examples, real_only,
 from spin.distributed import Ranks
 from spin.files import read_json, to_json, whole_directory
 from spin.logps import response_logps
-from spin.packing import cost, micro_batches, pack
+from spin.packing import flops, micro_batches, pack
 
 
 def load_heldout(config: Config, counts: Counter) -> list[Example]:
@@ -135,7 +135,7 @@ def answer_logps(
     """log p(right answer | prompt) of each example, in nats, on one replica."""
     items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
     lengths = [item.packed_length for item in items]
-    (plan,) = micro_batches(lengths, [cost(item) for item in items], 1, config.train.token_budget)
+    (plan,) = micro_batches(lengths, [flops(model.config, item) for item in items], 1, config.train.token_budget)
     logps = torch.zeros(len(items))
     for places in plan:
         packed = pack([items[i] for i in places]).to(next(model.parameters()).device)

@@ -1,0 +1,257 @@
+"""The training engine beside the official pipeline re-made with transformers: the same pairs, weights and steps.
+
+    python -m benchmarks.train [--data ../shared/data/gsm8k/pairs.jsonl] [--dtype float32] [--pairs 32] [--repeats 3]
+
+Three loads: GSM8K's pairs on a model of 60M parameters with Mistral's vocabulary; pairs of UltraChat-like lengths
+(prompt 10 to 512 tokens, real 50 to 512, generated 1 to 256, uniform, a fixed seed) on the same; and GSM8K's lengths on a
+model of 60M parameters whose vocabulary is small against the rest, so that the gain is not the logits' alone. Without
+--data, GSM8K's lengths are drawn to be like its.
+
+The reference does what the official code does: batches of 8 pairs in the data's order, prompt + real and prompt +
+generated concatenated into 16 rows and padded to the longest; policy forward and backward, reference model forward,
+every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master weights beside the bf16 ones, as
+DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage, which is counted once for two epochs, as in
+the paper's recipe. Losses of the steps are compared first. Peak memory is of a process of its own for each side.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.model import CONFIG, matmul_rate, memory_status
+from model.config import ModelConfig
+from model.mistral import Mistral
+from model.weights import save_model
+from spin.config import Train
+from spin.distributed import ranks, sharded_model
+from spin.opponent import score
+from spin.packing import Item, flops
+from spin.trainer import train
+
+SMALL_VOCABULARY = ModelConfig(
+    vocab_size=2048, hidden_size=640, intermediate_size=2240, num_hidden_layers=11, num_attention_heads=10,
+    num_key_value_heads=2, head_dim=64, rms_norm_eps=1e-5,
+)  # fmt: skip
+MICRO_BATCH = 8  # pairs, as in the official recipe
+EPOCHS = 2  # over which the score stage is spread
+
+
+def part(dtype: str, pairs: int, steps: int, **changes) -> Train:
+    """The settings of both sides: `steps` steps of `pairs` pairs, each step with the same ones."""
+    values = dict(batch_size=pairs, epochs=steps, lr=1e-4, warmup=0.0, dtype=dtype, logit_chunk=512, token_budget=4096)
+    return Train(**values | dict(checkpoint_every=10**6) | changes)
+
+
+class Ours:
+    """spin.trainer.train on one rank."""
+
+    def __init__(self, config: ModelConfig, dtype: str, group, directory: Path):
+        self.dtype, self.group = dtype, group
+        self.directory = directory
+        self.weights = directory / "weights"
+        if not self.weights.is_dir():
+            save_model(Mistral(config).init_weights(0), self.weights, torch.float32)
+
+    def run(self, items: list[Item], steps: int) -> dict:
+        """Losses and seconds of each step, and seconds of the score stage."""
+        settings = part(self.dtype, len(items), steps)
+        model = sharded_model(self.weights, self.group, getattr(torch, self.dtype))
+        began = time.perf_counter()
+        opponent = score(model, items, settings.token_budget, settings.logit_chunk, self.group)
+        scored = time.perf_counter() - began
+        with tempfile.TemporaryDirectory(dir=self.directory) as run:
+            train(settings, model, items, opponent, Path(run), self.group)
+            log = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
+        tokens = sum(item.packed_length for item in items)
+        self.group.release_memory()
+        return {"loss": [row["loss"] for row in log], "score": scored,
+                "step": [tokens / row["tokens_per_second"] for row in log]}  # fmt: skip
+
+
+class Official:
+    """The official pipeline: a padded concatenated batch, two models, whole logits."""
+
+    def __init__(self, config: ModelConfig, dtype: str, group, directory: Path):
+        from transformers import MistralConfig, MistralForCausalLM
+
+        values = config.to_dict("float32")
+        theirs = MistralConfig(**{key: value for key, value in values.items() if key != "architectures"})
+        theirs._attn_implementation = "sdpa"
+        self.weights = Mistral(config).init_weights(0).state_dict()
+        self.dtype = getattr(torch, dtype)
+        self.policy, self.opponent = (MistralForCausalLM(theirs).to(self.dtype) for _ in range(2))
+        self.opponent.load_state_dict(self.weights)
+        self.opponent.eval()
+
+    def run(self, items: list[Item], steps: int) -> dict:
+        settings = part("", len(items), steps)
+        self.policy.load_state_dict(self.weights)
+        masters = list(self.policy.parameters())
+        if self.dtype != torch.float32:
+            masters = [weight.detach().float() for weight in masters]
+        optimizer = torch.optim.RMSprop(masters, lr=settings.lr, alpha=0.99, eps=1e-8)
+        order = [items[i] for i in schedule_order(settings, len(items))]
+        losses, seconds = [], []
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * (1 - step / steps)
+            began = time.perf_counter()
+            losses.append(0.0)
+            for at in range(0, len(order), MICRO_BATCH):
+                batch = order[at : at + MICRO_BATCH]
+                loss = self.loss(batch, settings.beta) * len(batch) / len(order)
+                loss.backward()
+                losses[-1] += float(loss.detach())
+            for master, weight in zip(masters, self.policy.parameters()):
+                if master is not weight:
+                    master.grad = weight.grad.float()
+            torch.nn.utils.clip_grad_norm_(masters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.dtype != torch.float32:
+                with torch.no_grad():
+                    for master, weight in zip(masters, self.policy.parameters()):
+                        weight.copy_(master)
+                self.policy.zero_grad()
+            seconds.append(time.perf_counter() - began)
+        return {"loss": losses, "score": 0.0, "step": seconds}
+
+    def loss(self, batch: list[Item], beta: float) -> torch.Tensor:
+        policy = self.logps(self.policy, batch)
+        with torch.no_grad():
+            opponent = self.logps(self.opponent, batch)
+        ratio = policy - opponent
+        return -F.logsigmoid(beta * (ratio[: len(batch)] - ratio[len(batch) :])).mean()
+
+    def logps(self, model, batch: list[Item]) -> torch.Tensor:
+        rows = [(item.prompt, item.responses[kind]) for kind in (0, 1) for item in batch]
+        longest = max(len(prompt) + len(response) for prompt, response in rows)
+        padded = lambda values, fill: values + [fill] * (longest - len(values))  # noqa: E731
+        ids = torch.tensor([padded(prompt + response, 0) for prompt, response in rows])
+        mask = torch.tensor([padded([1] * len(prompt + response), 0) for prompt, response in rows])
+        labels = torch.tensor([padded([-100] * len(prompt) + response, -100) for prompt, response in rows])[:, 1:]
+        logits = model(ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
+        known = labels != -100
+        chosen = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
+        return (chosen * known).sum(-1)
+
+
+def schedule_order(settings: Train, pairs: int) -> list[int]:
+    """The pairs in the order in which a step has them."""
+    from spin.trainer import Schedule
+
+    return Schedule(settings, pairs).batch(0)
+
+
+def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Item]]]:
+    """{name: (architecture, pairs)}"""
+    rng = random.Random(0)
+    ids = lambda length, vocabulary: [rng.randrange(3, vocabulary) for _ in range(length)]  # noqa: E731
+    drawn = lambda vocabulary, p, r, g: Item(ids(p, vocabulary), (ids(r, vocabulary), ids(g, vocabulary)))  # noqa: E731
+    if path:
+        import mistral_common
+
+        from collections import Counter
+
+        from model.tokenizer import Tokenizer
+        from spin.config import Data
+        from spin.data import load_examples, tokenize
+
+        tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
+        data = Data(max_length=1024)
+        gsm8k = tokenize(load_examples(path, data, Counter(), need_generated=True), tokenizer, "zephyr", data, Counter())
+        gsm8k = rng.sample(gsm8k, count)
+    else:  # log-normal, with the means and deviations that the pairs have under Mistral's tokenizer and the chat template
+        length = lambda mean, sigma: max(10, round(rng.lognormvariate(mean, sigma)))  # noqa: E731
+        gsm8k = [drawn(32000, length(4.4, 0.4), length(4.8, 0.45), length(4.6, 0.5)) for _ in range(count)]
+    long = [drawn(32000, rng.randint(10, 512), rng.randint(50, 512), rng.randint(1, 256)) for _ in range(count)]
+    small = [
+        Item(*(ids(len(gsm8k[i].prompt), 2048), tuple(ids(len(r), 2048) for r in gsm8k[i].responses)))
+        for i in range(count)
+    ]
+    return {"GSM8K": (CONFIG, gsm8k), "UltraChat-like": (CONFIG, long), "small vocabulary": (SMALL_VOCABULARY, small)}
+
+
+def peak_memory(kind: str, config: ModelConfig, dtype: str, items: list[Item]) -> float:
+    """GB that a process's memory grows to in two steps: both models or one, gradients, optimizer, activations."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_memory, (kind, config, dtype, items))
+
+
+def _measure_memory(kind: str, config: ModelConfig, dtype: str, items: list[Item]) -> float:
+    import torch.distributed.checkpoint  # noqa: F401  so that code is not counted
+    import transformers  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as directory, ranks() as group:
+        save_model(Mistral(config).init_weights(0), Path(directory) / "weights", torch.float32)
+        before = memory_status("VmRSS")
+        {"ours": Ours, "official": Official}[kind](config, dtype, group, Path(directory)).run(items, 2)
+        return memory_status("VmHWM") - before
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", help="pairs.jsonl of GSM8K; without it, lengths are drawn to be like its")
+    arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    arguments.add_argument("--pairs", type=int, default=32, help="of a step")
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--load", action="append", help="GSM8K, UltraChat-like or 'small vocabulary'; default: all")
+    options = arguments.parse_args()
+
+    result = {"name": "train", "dtype": options.dtype, "threads": torch.get_num_threads(), "pairs": options.pairs}
+    rate = matmul_rate(getattr(torch, options.dtype))
+    result["matmul GFLOP/s"] = round(rate / 1e9)
+    for name, (config, items) in loads(options.data, options.pairs).items():
+        if options.load and name not in options.load:
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            result[name] = measure(config, items, options.dtype, options.repeats, rate, Path(directory))
+        figures = result[name]
+        print(f"{name}: {figures['ratio']} times ({figures['ours pairs/s']} against {figures['official pairs/s']} pairs/s; "
+              f"{figures['share of matmul rate']:.0%} of the matmul rate), peak memory {figures['peak_memory_gb']} GB, "
+              f"losses {figures['agreed']}")  # fmt: skip
+    result["ratio"] = min(figures["ratio"] for figures in result.values() if isinstance(figures, dict))
+    print(json.dumps(result))
+
+
+def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, rate: float, directory: Path) -> dict:
+    """Compare the losses of three steps, then time both sides in turn."""
+    with ranks() as group:
+        sides = {"ours": Ours(config, dtype, group, directory), "official": Official(config, dtype, group, directory)}
+        first = {name: side.run(items, 3) for name, side in sides.items()}
+        apart = max(abs(a - b) for a, b in zip(first["ours"]["loss"], first["official"]["loss"]))
+        # Of losses around 0.5. In bf16 a response's log-probability is rounded by a tenth of a nat and more.
+        if apart > {"float32": 1e-4, "bfloat16": 3e-2}[dtype]:
+            raise SystemExit(f"the two sides computed different losses: {first}")
+        seconds: dict[str, list[float]] = {"ours": [], "official": []}
+        for _ in range(repeats):
+            for name, side in sides.items():
+                taken = side.run(items, 2)
+                seconds[name].append(taken["step"][1] + taken["score"] / EPOCHS)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        del sides
+        group.release_memory()
+    needed = sum(flops(config, item) for item in items) * (3 + 1 / EPOCHS)
+    return {
+        "ratio": round(medians["official"] / medians["ours"], 2),
+        "ours pairs/s": round(len(items) / medians["ours"], 2),
+        "official pairs/s": round(len(items) / medians["official"], 2),
+        "share of matmul rate": round(needed / medians["ours"] / rate, 2),
+        "parameters": sum(p.numel() for p in Mistral(config).parameters()),
+        "tokens of a pair": round(sum(item.packed_length for item in items) / len(items)),
+        "agreed": [round(value, 4) for value in first["ours"]["loss"]] + [float(f"{apart:.1e}")],
+        "rounds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "peak_memory_gb": {kind: round(peak_memory(kind, config, dtype, items), 2) for kind in ("ours", "official")},
+    }
+
+
+if __name__ == "__main__":
+    main()
