@@ -161,6 +161,10 @@ class Mistral(nn.Module):
                 values.normal_(0, self.config.initializer_range, generator=generator)
             yield weight, values
 
+    def backend(self, x: Tensor) -> str:
+        """The attention backend for activations like x."""
+        return choose_backend(self.attention, x.device.type, x.dtype, self.config.head_dim)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Mistral":
         """Take freshly drawn weights. Returns self."""
@@ -196,7 +200,7 @@ class Mistral(nn.Module):
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
         rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        backend = choose_backend(self.attention, x.device.type, x.dtype, self.config.head_dim)
+        backend = self.backend(x)
         decoding = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
         step = cache.decoding(positions[:decoding]) if decoding else None
         for block in self.model["layers"]:

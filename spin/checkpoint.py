@@ -108,6 +108,21 @@ class Checkpoints:
             shutil.rmtree(partial)
 
 
+def check_room(directory: Path, size: int, keep: int, export: int) -> None:
+    """Raise OSError unless the disk has room for `keep` checkpoints of `size` bytes, one more, and the export."""
+    there = directory
+    while not there.is_dir():
+        there = there.parent
+    own = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())  # makes room as others come
+    free = shutil.disk_usage(there).free + own
+    needed = size * (keep + 1) + export
+    if free < needed:
+        raise OSError(
+            f"{directory}: {keep} checkpoints of {size / 1e9:.1f} GB, the next one and the exported model take "
+            f"{needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}; make room, or lower train.keep_checkpoints"
+        )
+
+
 def _path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
 

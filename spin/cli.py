@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 from spin.config import Recipe
@@ -40,6 +41,11 @@ def iterations(text: str, base: bool = False) -> list[int]:
     return result
 
 
+def _lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended. Gloo's exceptions have no class of their own."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("by peer" in str(error) or "Connection refused" in str(error))
+
+
 @contextmanager
 def errors_in_words():
     """Show what the user can mend as one line, without a traceback; log to standard error, from the first rank only."""
@@ -52,6 +58,12 @@ def errors_in_words():
     except Stopped as stopped:
         log.info(stopped)
         raise SystemExit(143) from None  # as a process that SIGTERM ended
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        log.warning("rank %d: lost another rank, whose own error says why (%s)", rank, str(error).strip().splitlines()[0])
+        time.sleep(10)  # or torchrun might take this for the cause; it ends all ranks as soon as it sees the first
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         raise SystemExit(f"error{name}: {error}") from None

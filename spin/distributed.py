@@ -134,16 +134,29 @@ def ranks(shard_size: int = 0):
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    world_size = dist.get_world_size()
-    if world_size % (shard_size or world_size):
-        raise ValueError(f"run.shard_size = {shard_size} does not divide the number of ranks, {world_size}")
-    shape = (world_size // shard_size, shard_size) if shard_size else (1, world_size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
-    group = Ranks(dist.get_rank(), world_size, device, mesh)
+    group = Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(device.type, shard_size))
     yield group
     group.release_memory()
     group.barrier()  # no rank leaves while another still works
     dist.destroy_process_group()
+
+
+@contextmanager
+def pretended_ranks(world_size: int, shard_size: int = 0):
+    """The first of `world_size` ranks on the CPU, whose collectives do nothing: for spin/plan.py."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    yield Ranks(0, world_size, torch.device("cpu"), _mesh("cpu", shard_size))
+    dist.destroy_process_group()
+
+
+def _mesh(device_type: str, shard_size: int) -> DeviceMesh:
+    world_size = dist.get_world_size()
+    if world_size % (shard_size or world_size):
+        raise ValueError(f"run.shard_size = {shard_size} does not divide the number of ranks, {world_size}")
+    shape = (world_size // shard_size, shard_size) if shard_size else (1, world_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
 
 
 def sharded_model(

@@ -27,11 +27,12 @@ from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
 from spin import checkpoint
 from spin.card import model_card
-from spin.config import Config, Recipe, differences, read_toml, to_toml
+from spin.config import Config, Optimization, Recipe, differences, read_toml, to_toml
 from spin.data import Example, choose, digest, load_examples, real_only, tokenize
 from spin.distributed import Ranks, sharded_model, this_device
 from spin.evaluation.heldout import evaluate_heldout, load_heldout
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
+from spin.metrics import check_tensorboard
 from spin.opponent import generate_pairs, generation_settings, score, verified_pairs
 from spin.packing import Item
 from spin.trainer import train
@@ -53,7 +54,11 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         _same_settings(directory, config, _sections(config))
         if _generates(config) and (directory / "generated").is_dir() and not (directory / "model").is_dir():
             verified_pairs(directory / "generated", config.data)
+        if config.train.tensorboard:
+            check_tensorboard()
         if opponent.is_dir():
+            if not (directory / "model").is_dir():
+                _check_room(directory, config, config.train, ModelConfig.from_pretrained(opponent))
             used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
             check_model(opponent, config, used)
         elif n == 0 and not config.model.base:
@@ -109,10 +114,12 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:
         check_model(Path(part.init), config, (part,), tokenizer)
+        _check_room(config.base.parent, config, part, ModelConfig.from_pretrained(Path(part.init)))
         return Path(part.init), tokenizer_path, tokenizer
     ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
     _check_attention(config, architecture, (part,))
+    _check_room(config.base.parent, config, part, architecture)
     return architecture, tokenizer_path, tokenizer
 
 
@@ -292,6 +299,15 @@ def check_model(path: Path, config: Config, used: tuple, tokenizer: Tokenizer | 
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocab_size of {architecture.vocab_size}"
         )
     _check_attention(config, architecture, used)
+
+
+def _check_room(directory: Path, config: Config, part: Optimization, architecture: ModelConfig) -> None:
+    """Raise OSError unless training and export have room on the disk."""
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in Mistral(architecture).parameters())
+    moments = 8 if part.optimizer == "adamw" else getattr(torch, part.second_moment).itemsize
+    export = count * getattr(torch, config.model.save_dtype).itemsize
+    checkpoint.check_room(directory / "checkpoints", count * (4 + moments), part.keep_checkpoints, export)
 
 
 def _check_attention(config: Config, architecture: ModelConfig, used: tuple) -> None:

@@ -9,7 +9,7 @@ from spin.config import Optimization
 from spin.distributed import local
 
 # Elements updated at a time: on a CPU what its caches hold, on a GPU enough to keep it busy.
-CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 25
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 class RMSprop(torch.optim.Optimizer):
@@ -28,6 +28,7 @@ class RMSprop(torch.optim.Optimizer):
     ):
         super().__init__(parameters, dict(lr=lr, alpha=alpha, eps=eps, step=0))
         self.second_moment = second_moment
+        self.chunk = CHUNK[self.param_groups[0]["params"][0].device.type]
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -40,11 +41,10 @@ class RMSprop(torch.optim.Optimizer):
                 if not state:
                     state["square_avg"] = torch.zeros_like(parameter, dtype=self.second_moment)
                 flat = (local(tensor).view(-1) for tensor in (parameter, parameter.grad, state["square_avg"]))
-                size = CPU_CHUNK if parameter.device.type == "cpu" else GPU_CHUNK
                 generator = None
                 if self.second_moment != torch.float32:
                     generator = torch.Generator(parameter.device).manual_seed(group["step"] * 1_000_003 + place)
-                for p, g, v in zip(*(tensor.split(size) for tensor in flat)):
+                for p, g, v in zip(*(tensor.split(self.chunk) for tensor in flat)):
                     exact = v if v.dtype == torch.float32 else v.float()
                     exact.mul_(alpha).addcmul_(g, g, value=1 - alpha)
                     p.addcdiv_(g, exact.sqrt().add_(eps), value=-lr)

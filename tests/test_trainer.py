@@ -10,6 +10,7 @@ from conftest import random_ids, reference, small_model
 from test_model import naive_logps
 
 from model.weights import save_model
+import spin.trainer
 from spin.config import SFT, Train
 from spin.distributed import ranks, sharded_model
 from spin.opponent import score
@@ -39,7 +40,7 @@ def metrics(directory):
 
 
 def assert_same_weights(model, other, rtol):
-    theirs = dict(other.named_parameters())
+    theirs = other if isinstance(other, dict) else dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         ours = parameter.full_tensor()
         assert (ours - theirs[name]).norm() <= rtol * theirs[name].norm(), name
@@ -124,15 +125,88 @@ def test_scores_are_transformers_sums(tmp_path, group):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_equal_real_and_generated_give_no_gradient(tmp_path, group):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_real_and_generated_give_exactly_no_gradient(tmp_path, group, dtype):
     items = [Item(item.prompt, (item.responses[0],) * 2) for item in pairs(4)]
     save_model(small_model(), tmp_path / "m", torch.float32)
-    model = sharded_model(tmp_path / "m", group, torch.float32)
-    part = Train(**PART)
+    model = sharded_model(tmp_path / "m", group, getattr(torch, dtype))
+    part = Train(**PART | {"dtype": dtype})
     opponent = score(model, items, part.token_budget, part.logit_chunk, group)
     train(part, model, items, opponent, tmp_path / "run", group)
-    assert all(step["loss"] == pytest.approx(math.log(2), abs=1e-6) for step in metrics(tmp_path / "run"))
-    assert all(step["grad_norm"] < 1e-5 for step in metrics(tmp_path / "run"))
+    assert all(step["loss"] == pytest.approx(math.log(2), abs=1e-7) for step in metrics(tmp_path / "run"))
+    assert all(step["grad_norm"] == 0.0 for step in metrics(tmp_path / "run"))
+
+
+def ten_steps(tmp_path, group, name, **changes):
+    """Losses, and how far the weights moved, as one vector."""
+    items = pairs(40)
+    if not (tmp_path / "m").is_dir():
+        save_model(small_model(), tmp_path / "m", torch.float32)
+    part = Train(**PART | dict(epochs=1, lr=2e-4, warmup=0.0) | changes)
+    model = sharded_model(tmp_path / "m", group, getattr(torch, part.dtype))
+    before = torch.cat([weight.full_tensor().flatten().clone() for weight in model.parameters()])
+    train(part, model, items, score(model, items, 60, 5, group), tmp_path / name, group)
+    after = torch.cat([weight.full_tensor().flatten() for weight in model.parameters()])
+    return torch.tensor([step["loss"] for step in metrics(tmp_path / name)]), after - before
+
+
+def test_ten_steps_in_bf16_stay_near_those_in_fp32(tmp_path, group):
+    losses, moved = ten_steps(tmp_path, group, "fp32")
+    losses_16, moved_16 = ten_steps(tmp_path, group, "bf16", dtype="bfloat16")
+    assert len(losses) == 10 and losses.std() > 0.02
+    assert (losses_16 - losses).abs().max() < 0.1
+    assert torch.nn.functional.cosine_similarity(moved_16, moved, dim=0) > 0.9
+
+
+def test_ten_steps_with_a_bf16_second_moment_follow_those_with_fp32(tmp_path, group):
+    losses, moved = ten_steps(tmp_path, group, "fp32")
+    losses_16, moved_16 = ten_steps(tmp_path, group, "moment", second_moment="bfloat16")
+    assert (losses_16 - losses).abs().max() < 0.01
+    assert (moved_16 - moved).norm() < 0.02 * moved.norm()
+
+
+def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
+    items = pairs(13)
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    part = Train(**PART | dict(heldout_pairs=3, heldout_every=2))
+    model = sharded_model(tmp_path / "m", group, torch.float32)
+    opponent = score(model, items, part.token_budget, part.logit_chunk, group)
+    train(part, model, items, opponent, tmp_path / "run", group)
+    log = metrics(tmp_path / "run")
+    assert [step["step"] for step in log if "heldout_loss" in step] == [2, 4, 6]
+
+    aside = spin.trainer.kept_aside(part, len(items))
+    policy, frozen = reference(small_model()), reference(small_model())
+    policy.load_state_dict({name: weight.full_tensor() for name, weight in model.named_parameters()})
+    margins = []
+    for i in aside:
+        (real, generated), (real_0, generated_0) = (naive_logps(m, items[i]) for m in (policy, frozen))
+        margins.append((real - real_0 - generated + generated_0).item())
+    assert log[-1]["heldout_margin"] == pytest.approx(sum(margins) / 3, rel=1e-4)
+    losses = [math.log1p(math.exp(-part.beta * margin)) for margin in margins]
+    assert log[-1]["heldout_loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert log[-1]["heldout_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 3)
+
+    used = [item for i, item in enumerate(items) if i not in aside]
+    other = sharded_model(tmp_path / "m", group, torch.float32)
+    kept = torch.tensor([i for i in range(13) if i not in aside])
+    train(Train(**PART), other, used, opponent[kept], tmp_path / "other", group)
+    assert_same_weights(model, {n: w.full_tensor() for n, w in other.named_parameters()}, 0)
+
+
+def test_tensorboard_has_what_the_log_has(tmp_path, group):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    items = pairs(8)
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    part = Train(**PART | dict(tensorboard=True))
+    model = sharded_model(tmp_path / "m", group, torch.float32)
+    train(part, model, items, score(model, items, 60, 5, group), tmp_path / "run", group)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for name in ("loss", "margin", "pairs_per_second"):
+        logged = [(step["step"], step[name]) for step in metrics(tmp_path / "run")]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in logged]
 
 
 def test_a_first_loss_that_is_not_log_2_stops_the_run(tmp_path, group):

@@ -1,0 +1,333 @@
+"""What an iteration needs, before one pays for it: memory of each GPU, token budget and slots that fit, FLOPs, hours.
+
+    python -m spin.plan --config configs/zephyr-7b.toml --gpus 8 --memory 80
+
+No GPU and no weights are needed: the model, its sharding, a training step and the optimizer run as they are, in a process
+group that pretends to have all ranks, on tensors that have shapes and no values. What is allocated on the way is counted.
+Not seen, and left to --reserve: the CUDA context, NCCL's and the kernels' own buffers, fragmentation.
+"""
+
+import argparse
+import sys
+import weakref
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.mistral import Mistral
+from model.sampler import CACHE_SHARE, MOST_SLOTS
+from spin import cli
+from spin.config import Config
+from spin.distributed import DTensor, Ranks, local, pretended_ranks, sharded_model
+from spin.files import read_json
+from spin.logps import response_logps
+from spin.metrics import PEAKS
+from spin.optimizer import CHUNK, make_optimizer
+from spin.packing import Item, flops, pack
+from spin.trainer import alike, backward, clip_gradient, spin_step
+
+GIB = 2**30
+BANDWIDTHS = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.86e12, "RTX 4090": 1.01e12}
+KINDS = ("parameters", "gradients", "optimizer", "gathered parameters", "activations", "other")
+
+
+class Memory(TorchDispatchMode):
+    """The size of every storage that operators return, from its birth to its death.
+
+    What a storage was for is said where it is known, at the latest at the end (gradients, the optimizer's state); what
+    lives when a backward pass begins, and has no name yet, is activations.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.events: list[tuple[int, int]] = []  # (number of a storage, bytes it has from now on)
+        self.kinds: dict[int, str] = {}
+        self._live: dict[int, tuple[int, weakref.ref, int]] = {}  # by id: number, storage, bytes
+        self._numbers = count()
+
+    def __enter__(self):
+        self._mode, self._resize = active_fake_mode(), torch.UntypedStorage.resize_
+
+        def resize_(storage, size):  # no operator; only FSDP does it, to gather parameters and to let them go
+            result = self._resize(storage, size)
+            self._see(storage, "gathered parameters")
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self._resize
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back as operators on what this rank holds
+        result = func(*args, **(kwargs or {}))
+        if active_fake_mode() is self._mode:  # else it is DTensor thinking about shapes
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor.untyped_storage())
+        return result
+
+    def name(self, kind: str, tensors) -> None:
+        """Say what these (sharded or plain) tensors are."""
+        for tensor in tensors:
+            self._see(local(tensor).untyped_storage(), kind)
+
+    def name_rest(self, kind: str) -> None:
+        """Say what all is that lives now and has no name."""
+        for number, _, size in self._live.values():
+            if size:
+                self.kinds.setdefault(number, kind)
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the moment at which they were most together."""
+        sizes: dict[int, int] = {}
+        now = dict.fromkeys(KINDS, 0)
+        best, most = dict(now), 0
+        for number, size in self.events:
+            kind = self.kinds.get(number, "other")
+            now[kind] += size - sizes.get(number, 0)
+            sizes[number] = size
+            if (total := sum(now.values())) > most:
+                best, most = dict(now), total
+        return best
+
+    def _see(self, storage, kind: str | None = None) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._live:
+            number = next(self._numbers)
+
+            def gone(_, key=key, number=number):
+                del self._live[key]
+                self.events.append((number, 0))
+
+            self._live[key] = (number, weakref.ref(storage, gone), 0)
+        number, reference, before = self._live[key]
+        if size != before:
+            self._live[key] = (number, reference, size)
+            self.events.append((number, size))
+        if kind and self.kinds.get(number) in (None, "activations"):
+            self.kinds[number] = kind
+
+
+class Plan:
+    """A recipe's sharded model and optimizer without values, on the first of a process group's pretended ranks."""
+
+    def __init__(self, config: Config, architecture: ModelConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        with FakeTensorMode() as self.mode:
+            part = config.train
+            self.model = sharded_model(architecture, ranks, getattr(torch, part.dtype), part.activation_checkpointing)
+            self.model.backend = lambda x: "torch-flash"  # a GPU's; flash-attn allocates alike
+            self.parameters = list(self.model.parameters())
+            self.optimizer = make_optimizer(part, self.parameters)
+            self.optimizer.chunk = CHUNK["cuda"]
+            with Memory() as memory:  # the optimizer's state is made, and DTensor learns the shapes
+                self._step(memory, _filling(64, config))
+
+    def train(self, budget: int) -> dict[str, int]:
+        """Bytes by kind at the peak of a training step with two micro-batches of `budget` tokens."""
+        with self.mode, Memory() as memory:
+            self._step(memory, _filling(budget, self.config))
+        return memory.peak()
+
+    def score(self, budget: int) -> dict[str, int]:
+        """The same of a forward pass that keeps nothing, before there is an optimizer."""
+        with self.mode, Memory() as memory, torch.no_grad():
+            memory.name("parameters", self.parameters)
+            self._logps(_filling(budget, self.config))
+            self.model.reshard()
+        return memory.peak()
+
+    def largest_budget(self, free: float) -> int:
+        """The largest token budget, in steps of 1,024 up to 65,536, of which a training step fits in `free` bytes; or 0.
+
+        Found by a line through two budgets, then run itself.
+        """
+        small, large = (sum(self.train(budget).values()) for budget in (1024, 4096))
+        budget = min(int((free - small) / (large - small) * 3072 + 1024) // 1024 * 1024, 65536)
+        while budget >= 1024 and sum(self.train(budget).values()) > free:
+            budget -= 1024
+        return max(budget, 0)
+
+    def _logps(self, items: list[Item]) -> Tensor:
+        return response_logps(self.model, pack(items), self.config.train.logit_chunk)
+
+    def _step(self, memory: Memory, items: list[Item]) -> None:
+        """A step of spin.trainer.train, from its parts; what it allocates, named."""
+        part = self.config.train
+        memory.name("parameters", self.parameters)
+        memory.name("optimizer", _tensors(self.optimizer))
+        for last in (False, True):
+            loss, _ = spin_step(part, self._logps(items), torch.zeros(len(items), 2), alike(items), 2 * len(items))
+            memory.name("gradients", [weight.grad for weight in self.parameters if weight.grad is not None])
+            memory.name_rest("activations")
+            backward(part, self.model, loss, self.ranks, last)
+        memory.name("gradients", [weight.grad for weight in self.parameters])
+        clip_gradient(self.model, part.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _filling(budget: int, config: Config) -> list[Item]:
+    """Pairs that fill a token budget, of the longest form that the recipe's lengths allow."""
+    prompt = config.data.max_prompt_length
+    response = config.data.max_length - prompt
+    length = prompt + 2 * (response - 1)
+    whole, left = divmod(budget, length)
+    items = [Item([1] * prompt, ([1] * response, [1] * response))] * whole
+    return items + ([Item([1] * (left - 2), ([1] * 2, [1] * 2))] if left > 2 else [])
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def report(
+    config: Config, architecture: ModelConfig, gpus: int, memory: float, reserve: float, gpu: str, share: float,
+    pairs: int, lengths: tuple[int, int, int],
+) -> str:  # fmt: skip
+    """The plan in words. memory, reserve: GiB of each GPU; share: of its peak that is reached; lengths: tokens of prompt,
+    real and generated response."""
+    with pretended_ranks(gpus, config.run.shard_size) as ranks:
+        free = (memory - reserve) * GIB
+        with torch.device("meta"):
+            model = Mistral(architecture)
+        count = sum(weight.numel() for weight in model.parameters())
+        lines = [
+            f"{count / 1e9:.2f}e9 parameters, {pairs} pairs of {lengths[0]} + {lengths[1]} + {lengths[2]} tokens (prompt, "
+            f"real, generated), {gpus} x {memory:g} GiB ({reserve:g} kept back), at {share:.0%} of {PEAKS[gpu] / 1e12:.0f} "
+            f"TFLOP/s ({gpu})",
+            "",
+            *_generate(config, architecture, count, gpus, free, gpu, share, pairs, lengths),
+        ]
+        prompt, real, generated = lengths
+        trained = pairs * (1 + config.train.replay)
+        item = Item([1] * prompt, ([1] * real, [1] * generated))
+        rate = gpus * PEAKS[gpu] * share
+        forward = flops(architecture, item) * trained
+        plan = Plan(config, architecture, ranks)
+        scored = plan.score(config.train.token_budget)
+        total = sum(scored.values())
+        lines += [
+            f"score     {_gib(total)} at train.token_budget = {config.train.token_budget}; "
+            f"{forward:.2e} FLOPs, {_hours(forward / rate)} for {trained} pairs"
+        ]
+        now = plan.train(config.train.token_budget)
+        total = sum(now.values())
+        useful = 3 * forward * config.train.epochs
+        lines += [
+            f"train     {_gib(total)} at train.token_budget = {config.train.token_budget}: "
+            + ("fits" if total <= free else "DOES NOT FIT"),
+            *(f"            {_gib(now[kind]):>10} {kind}" for kind in KINDS),
+        ]
+        budget = plan.largest_budget(free)
+        if budget:
+            lines += [f"            largest token_budget that fits: {budget}" + " or more" * (budget == 65536)]
+        else:
+            lines += [
+                "            no token_budget fits; more GPUs (run.shard_size = 0), "
+                'train.activation_checkpointing = "full" or train.second_moment = "bfloat16" take less'
+            ]
+        shards = config.run.shard_size or gpus
+        gathered = 0 if shards == 1 else 2 * 2 * count  # bf16, forward and backward
+        lines += [
+            f"            {useful:.2e} FLOPs, {_hours(useful / rate)} for {trained} pairs, {config.train.epochs:g} epochs",
+            f"            each micro-batch gathers {_gib(gathered)} and reduces {_gib(4 * count if gpus > 1 else 0)}",
+            f"            a checkpoint being written takes {_gib((4 + _moment_bytes(config)) * count / shards)} of the host's "
+            "memory for each GPU",
+            f"export    {_gib(max(weight.numel() for weight in model.parameters()) * 6)} beside the parameters; "
+            f"{2 * count / 1e9:.1f} GB of files",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _generate(
+    config: Config, architecture: ModelConfig, count: int, gpus: int, free: float, gpu: str, share: float, pairs: int,
+    lengths: tuple[int, int, int],
+) -> list[str]:  # fmt: skip
+    """A whole bf16 replica on each GPU, and its cache in what is left."""
+    dtype = getattr(torch, config.generate.dtype)
+    weights = count * dtype.itemsize
+    slot = KVCache.bytes_per_slot(architecture, config.data.max_prompt_length + config.generate.max_new_tokens, dtype)
+    if weights + slot > free:
+        return [f"generate  {_gib(weights)} of weights on each GPU DO NOT FIT: every GPU has a replica of its own"]
+    most = min(int((free - weights) * CACHE_SHARE / slot), MOST_SLOTS["cuda"])
+    slots = min(config.generate.slots, most) if config.generate.slots else most
+    prompt, _, generated = lengths
+    # A decoding step reads the weights and what the slots hold so far, or computes, whichever takes longer.
+    held = slots * KVCache.bytes_per_slot(architecture, prompt + generated // 2, dtype)
+    answer = flops(architecture, Item([1], ([1] * generated,)))  # about what its tokens take
+    step = max((weights + held) / BANDWIDTHS[gpu], answer / generated * slots / PEAKS[gpu])
+    seconds = pairs / gpus * (generated * step / slots + flops(architecture, Item([1] * prompt, ([1],))) / PEAKS[gpu]) / share
+    return [
+        f"generate  {_gib(weights)} weights and {_gib(slots * slot)} cache, {slots} slots on each GPU; "
+        f"{_hours(seconds)} for {pairs} prompts at {share:.0%} of {BANDWIDTHS[gpu] / 1e12:g} TB/s"
+    ]
+
+
+def _moment_bytes(config: Config) -> int:
+    """Bytes of the optimizer's state for a parameter."""
+    return 8 if config.train.optimizer == "adamw" else getattr(torch, config.train.second_moment).itemsize
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def main() -> None:
+    parser = cli.parser(__doc__.splitlines()[0])
+    parser.add_argument("--iter", type=int, default=0, help="the iteration whose settings are taken (default: 0)")
+    parser.add_argument("--architecture", type=Path, help="config.json; default: the base model's, else <recipe>.json")
+    parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
+    parser.add_argument("--memory", type=float, default=80, help="GiB of each (default: 80)")
+    parser.add_argument("--reserve", type=float, default=4, help="GiB kept back for what is not seen here (default: 4)")
+    parser.add_argument("--gpu", default="H100", choices=list(PEAKS), help="whose peak and bandwidth (default: H100)")
+    parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached (default: 0.4)")
+    parser.add_argument("--pairs", type=int, help="of one iteration (default: data.num_prompts)")
+    parser.add_argument("--lengths", default="260,280,180", help="mean tokens of prompt, real and generated response "
+                        "(default: %(default)s, about UltraChat's under these limits)")  # fmt: skip
+    with cli.errors_in_words():
+        arguments, recipe = cli.parse(parser)
+        config = recipe.at(arguments.iter)
+        architecture = _architecture(arguments.architecture, config, recipe.path)
+        pairs = arguments.pairs or config.data.num_prompts
+        if not pairs:
+            raise ValueError("data.num_prompts is 0, for all of them; say with --pairs how many that is")
+        lengths = tuple(int(part) for part in arguments.lengths.split(","))
+        if len(lengths) != 3 or min(lengths) < 1 or arguments.gpus < 1 or not 0 < arguments.share <= 1:
+            raise ValueError("--lengths takes three numbers, --gpus one of at least 1, --share one in (0, 1]")
+        text = report(
+            config, architecture, arguments.gpus, arguments.memory, arguments.reserve, arguments.gpu, arguments.share,
+            pairs, lengths,
+        )  # fmt: skip
+        sys.stdout.write(text)
+
+
+def _architecture(given: Path | None, config: Config, recipe: Path) -> ModelConfig:
+    """From the file or directory that is named, the base model, or the file beside the recipe."""
+    beside = recipe.with_suffix(".json")
+    for path in [given] if given else [config.base / "config.json", config.base / "params.json", beside]:
+        if path.is_dir():
+            return ModelConfig.from_pretrained(path)
+        if path.is_file():
+            return ModelConfig.from_dict(read_json(path), str(path))
+    raise FileNotFoundError(f"{given or beside}: no such file; --architecture takes a config.json or a model's directory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Checkpoints: written beside training, whole or not used, the last few kept."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, small_model
+from test_trainer import PART, metrics, pairs
+
+from model.weights import save_model
+from spin.checkpoint import Checkpoints, check_room
+from spin.config import Train
+from spin.distributed import ranks, sharded_model
+from spin.metrics import Log
+from spin.opponent import score
+from spin.optimizer import RMSprop
+from spin.trainer import Stopped, train
+
+
+@pytest.fixture(scope="module")
+def group():
+    with ranks() as group:
+        yield group
+
+
+@pytest.fixture
+def opponent(tmp_path):
+    save_model(small_model(), tmp_path / "m", torch.float32)
+    return tmp_path / "m"
+
+
+def run(opponent, group, directory, **changes):
+    """Six steps, a checkpoint after each; returns the weights."""
+    part, items = Train(**PART | dict(checkpoint_every=1) | changes), pairs(10)
+    model = sharded_model(opponent, group, torch.float32)
+    frozen = sharded_model(opponent, group, torch.float32)
+    train(part, model, items, score(frozen, items, 60, 5, group), directory, group)
+    return {name: weight.full_tensor().clone() for name, weight in model.named_parameters()}
+
+
+def steps(directory):
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_last_few_are_kept(opponent, group, tmp_path, keep):
+    run(opponent, group, tmp_path / "run", keep_checkpoints=keep)
+    assert steps(tmp_path / "run") == [f"step-{step:06d}" for step in range(7 - keep, 7)]
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path / "__0_0.distcp"),
+        lambda path: flip(path / ".metadata"),
+        lambda path: (path / "__0_0.distcp").unlink(),
+        lambda path: (path / "digests.json").unlink(),
+        lambda path: (path / "digests.json").write_text("{"),
+    ],
+    ids=["a bit of a shard", "a bit of the metadata", "a shard is missing", "no digests", "half of the digests"],
+)
+def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_path, caplog, damage):
+    undisturbed = run(opponent, group, tmp_path / "run")
+    log = metrics(tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/step-000006")
+    (tmp_path / "run/checkpoints/step-000007.partial").mkdir()  # of a run killed while it wrote
+    assert same(run(opponent, group, tmp_path / "run"), undisturbed)
+    assert "step-000006: damaged" in caplog.text and "going on from the one before it" in caplog.text
+    assert steps(tmp_path / "run") == ["step-000005", "step-000006", "step-000006.damaged"]
+    again = metrics(tmp_path / "run")
+    assert [row["loss"] for row in again] == [row["loss"] for row in log]
+    assert again[4] == log[4] and again[5] != log[5]  # the sixth step was taken again, and it alone: times differ
+
+
+def test_when_all_are_damaged_training_begins_anew(opponent, group, tmp_path):
+    undisturbed = run(opponent, group, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        flip(path / "__0_0.distcp")
+    assert same(run(opponent, group, tmp_path / "run"), undisturbed)
+
+
+def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path):
+    model = sharded_model(opponent, group, torch.float32)
+    optimizer = RMSprop(model.parameters(), lr=0.1)
+    sum(weight.full_tensor().sum() for weight in model.parameters()).backward()
+    optimizer.step()
+    wanted = [weight.full_tensor().clone() for weight in model.parameters()]
+    moments = [optimizer.state[weight]["square_avg"].full_tensor().clone() for weight in model.parameters()]
+    checkpoints = Checkpoints(tmp_path / "c", 1, model, optimizer, group)
+    checkpoints.save(1)
+    for _ in range(3):
+        optimizer.step()  # training goes on at once
+    checkpoints.wait()
+    assert checkpoints.restore() == 1
+    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(wanted, model.parameters()))
+    again = [optimizer.state[weight]["square_avg"].full_tensor() for weight in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, again))
+
+
+def test_a_disk_without_room_is_refused_before_training(tmp_path):
+    check_room(tmp_path / "not/there/yet", 10, 2, 10)
+    with pytest.raises(OSError, match="2 checkpoints of 1000000.0 GB.*make room, or lower train.keep_checkpoints"):
+        check_room(tmp_path / "not/there/yet", 10**15, 2, 0)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_one(opponent, group, tmp_path):
+    undisturbed = run(opponent, group, tmp_path / "run")
+    lines = f"""
+        import resource, signal, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from pathlib import Path
+        from spin.checkpoint import Checkpoints
+        from spin.distributed import ranks
+        from test_checkpoint import run
+        save = Checkpoints.save
+        def limited(self, step):
+            if step == 4:  # from here on no file may be longer than a checkpoint's: as on a disk that is full
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            save(self, step)
+        Checkpoints.save = limited
+        with ranks() as group:
+            run(Path({str(opponent)!r}), group, Path({str(tmp_path / "full")!r}))
+    """
+    script = "\n".join(line[8:] for line in lines.splitlines())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    error = "checkpoint could not be written .*File too large.*the ones before it are intact"
+    assert re.search(error, done.stderr), done.stderr[-2000:]
+    assert "step-000003" in steps(tmp_path / "full") and "step-000004" not in steps(tmp_path / "full")
+    assert same(run(opponent, group, tmp_path / "full"), undisturbed)  # with room again, it goes on
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path):
+    undisturbed = run(opponent, group, tmp_path / "whole", checkpoint_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+    write = Log.write
+
+    def write_and_stop(self, row):
+        write(self, row)
+        if row["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "write", write_and_stop)
+        with pytest.raises(Stopped, match="stopped after step 4 of 6"):
+            run(opponent, group, tmp_path / "run", checkpoint_every=100)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert steps(tmp_path / "run") == ["step-000004"] and len(metrics(tmp_path / "run")) == 4
+    assert same(run(opponent, group, tmp_path / "run", checkpoint_every=100), undisturbed)
