@@ -21,6 +21,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from spin.config import Train
 from spin.distributed import ranks, sharded_model
 from spin.opponent import score
 from spin.packing import Item, flops
-from spin.trainer import train
+from spin.trainer import Schedule, train
 
 SMALL_VOCABULARY = ModelConfig(
     vocab_size=2048, hidden_size=640, intermediate_size=2240, num_hidden_layers=11, num_attention_heads=10,
@@ -98,7 +99,7 @@ class Official:
         if self.dtype != torch.float32:
             masters = [weight.detach().float() for weight in masters]
         optimizer = torch.optim.RMSprop(masters, lr=settings.lr, alpha=0.99, eps=1e-8)
-        order = [items[i] for i in schedule_order(settings, len(items))]
+        order = [items[i] for i in Schedule(settings, len(items)).batch(0)]
         losses, seconds = [], []
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -144,13 +145,6 @@ class Official:
         return (chosen * known).sum(-1)
 
 
-def schedule_order(settings: Train, pairs: int) -> list[int]:
-    """The pairs in the order in which a step has them."""
-    from spin.trainer import Schedule
-
-    return Schedule(settings, pairs).batch(0)
-
-
 def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Item]]]:
     """{name: (architecture, pairs)}"""
     rng = random.Random(0)
@@ -158,8 +152,6 @@ def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Ite
     drawn = lambda vocabulary, p, r, g: Item(ids(p, vocabulary), (ids(r, vocabulary), ids(g, vocabulary)))  # noqa: E731
     if path:
         import mistral_common
-
-        from collections import Counter
 
         from model.tokenizer import Tokenizer
         from spin.config import Data
@@ -234,8 +226,8 @@ def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, ra
         seconds: dict[str, list[float]] = {"ours": [], "official": []}
         for _ in range(repeats):
             for name, side in sides.items():
-                taken = side.run(items, 2)
-                seconds[name].append(taken["step"][1] + taken["score"] / EPOCHS)
+                taken = side.run(items, 3)  # the first step warms up
+                seconds[name].append(statistics.mean(taken["step"][1:]) + taken["score"] / EPOCHS)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         del sides
         group.release_memory()

@@ -85,13 +85,19 @@ class Checkpoints:
         copied.result()
         mine = {file.name: file_digest(file) for file in partial.glob(f"__{self.ranks.rank}_*")}
         digests = self.ranks.gather(mine, self.group)
+        failure = None
         if self.ranks.first:
-            everything = {name: digest for part in digests for name, digest in part.items()}
-            everything[".metadata"] = file_digest(partial / ".metadata")
-            (partial / "digests.json").write_text(to_json(everything))
-            commit(partial, path)
-            for step in sorted(_complete(self.directory))[: -self.keep]:
-                shutil.rmtree(_path(self.directory, step))
+            try:
+                everything = {name: digest for part in digests for name, digest in part.items()}
+                everything[".metadata"] = file_digest(partial / ".metadata")
+                (partial / "digests.json").write_text(to_json(everything))
+                commit(partial, path)
+                for step in sorted(_complete(self.directory))[: -self.keep]:
+                    shutil.rmtree(_path(self.directory, step))
+            except OSError as error:
+                failure = error
+        if failure := self.ranks.gather(failure, self.group)[0]:  # no rank goes on before it is there
+            raise failure
 
     def _damaged(self, path: Path) -> list[str]:
         """Of this rank's share of the files, those that are not what was written."""

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 
 from spin.config import Recipe
+from spin.distributed import lost_rank
 from spin.trainer import Stopped
 
 log = logging.getLogger("spin")
@@ -41,11 +42,6 @@ def iterations(text: str, base: bool = False) -> list[int]:
     return result
 
 
-def _lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended. Gloo's exceptions have no class of their own."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("by peer" in str(error) or "Connection refused" in str(error))
-
-
 @contextmanager
 def errors_in_words():
     """Show what the user can mend as one line, without a traceback; log to standard error, from the first rank only."""
@@ -59,10 +55,10 @@ def errors_in_words():
         log.info(stopped)
         raise SystemExit(143) from None  # as a process that SIGTERM ended
     except RuntimeError as error:
-        if not _lost(error):
+        if not lost_rank(error):
             raise
-        log.warning("rank %d: lost another rank, whose own error says why (%s)", rank, str(error).strip().splitlines()[0])
-        time.sleep(10)  # or torchrun might take this for the cause; it ends all ranks as soon as it sees the first
+        log.warning("rank %d: another rank has ended; its own error says why", rank)
+        time.sleep(10)  # torchrun names the rank that ended first, and ends the others meanwhile
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""

@@ -115,6 +115,11 @@ def this_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended; gloo's exceptions have no class of their own."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error) or "Connection refused" in str(error)
+
+
 @contextmanager
 def ranks(shard_size: int = 0):
     """Join the process group that torchrun describes, or a group of one; leave it at the end.

@@ -1,0 +1,133 @@
+"""The planner's memory: of a run that has values, by hand, and in words."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, small_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.attention import Segments
+from spin.config import Config, Data, Train
+from spin.distributed import pretended_ranks, sharded_model
+from spin.logps import response_logps
+from spin.optimizer import RMSprop
+from spin.packing import Item, pack
+from spin.plan import Memory, Plan
+
+WIDE = small_config(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)
+COUNT = 2 * 4096 * 512 + 512 + 3 * (512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536 + 2 * 512)
+
+
+def two_steps(mode, checkpointing, second_moment) -> list[dict[str, int]]:
+    """The memory of two training steps with two micro-batches each, with or without values."""
+    item, peaks = Item([5] * 9, ([6] * 12,)), []
+    with pretended_ranks(1) as ranks, mode:
+        model = sharded_model(small_config(), ranks, torch.bfloat16, checkpointing)
+        optimizer = RMSprop(model.parameters(), lr=1e-3, second_moment=second_moment)
+        for _ in range(2):
+            with Memory() as memory:
+                memory.name("parameters", model.parameters())
+                for _ in range(2):
+                    packed = pack([item, item])
+                    packed.segments = Segments.causal([20, 20])  # which the plain twin computes without a mask
+                    loss = response_logps(model, packed, 8).sum()
+                    memory.name_rest("activations")
+                    loss.backward()
+                memory.name("gradients", [weight.grad for weight in model.parameters()])
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            peaks.append(memory.peak())
+    return peaks
+
+
+@pytest.mark.parametrize("second_moment", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_without_values_the_memory_is_that_of_a_run_with_values(checkpointing, second_moment):
+    without, real = (two_steps(mode, checkpointing, second_moment)[1] for mode in (FakeTensorMode(), nullcontext()))
+    assert without == real and real["activations"] > 0
+
+
+def plan(world_size=8, shard_size=0, **changes):
+    config = Config(train=Train(**dict(dtype="bfloat16", logit_chunk=256) | changes), data=Data(max_length=256, max_prompt_length=128))
+    return config, pretended_ranks(world_size, shard_size)
+
+
+@pytest.mark.parametrize("world_size, shard_size, shards", [(1, 0, 1), (8, 0, 8), (64, 0, 64), (64, 8, 8)])
+@pytest.mark.parametrize("second_moment, size", [("float32", 4), ("bfloat16", 2)])
+def test_parameters_gradients_and_moments_are_shared_by_the_shards(world_size, shard_size, shards, second_moment, size):
+    config, group = plan(world_size, shard_size, second_moment=second_moment)
+    with group as ranks:
+        memory = Plan(config, WIDE, ranks).train(1024)
+    assert memory["parameters"] == memory["gradients"] == 4 * COUNT / shards
+    assert memory["optimizer"] == size * COUNT / shards
+
+
+def test_full_checkpointing_keeps_a_blocks_input_and_less_than_the_others():
+    activations = {}
+    for checkpointing in ("none", "selective", "full"):
+        for layers in (2, 5):
+            config, group = plan(activation_checkpointing=checkpointing)
+            with group as ranks:
+                made = Plan(config, replace(WIDE, num_hidden_layers=layers), ranks)
+                activations[checkpointing, layers] = made.train(2048)["activations"]
+    of_a_block = {kind: (activations[kind, 5] - activations[kind, 2]) / 3 for kind, _ in activations}
+    assert of_a_block["full"] == 2048 * 512 * 2  # its input in bf16
+    products = 2 * 512 + 2 * 128 + 512 + 2 * 1536  # q, attention, k and v, what is added to the stream, gate and up
+    assert of_a_block["selective"] >= 2048 * products * 2 + of_a_block["full"]
+    assert of_a_block["none"] > 1.5 * of_a_block["selective"]
+
+
+def test_unsharded_gradients_take_four_bytes_a_parameter():
+    totals = []
+    for unsharded in (False, True):
+        config, group = plan(64, unsharded_gradients=unsharded)
+        with group as ranks:
+            totals.append(sum(Plan(config, WIDE, ranks).train(1024).values()))
+    assert 3.5 * COUNT < totals[1] - totals[0] < 5 * COUNT
+
+
+def test_the_largest_budget_fits_and_a_larger_one_does_not():
+    config, group = plan()
+    with group as ranks:
+        made = Plan(config, WIDE, ranks)
+        free = sum(made.train(8192).values())
+        assert made.largest_budget(free) in (8192, 7168)
+        assert sum(made.train(9216).values()) > free
+        assert made.largest_budget(1e6) == 0
+
+
+def run_plan(*arguments, fails=False):
+    done = subprocess.run(
+        [sys.executable, "-m", "spin.plan", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def small_recipe(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(WIDE.to_dict("bfloat16")))
+    (tmp_path / "r.toml").write_text("[data]\nnum_prompts = 5000\n[train]\nreplay = 0\n")
+    return str(tmp_path / "r.toml")
+
+
+def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
+    output = run_plan("--config", small_recipe, "--gpus", "4", "--memory", "1", "--reserve", "0.5")
+    for stage in ("generate", "score", "train", "export"):
+        assert f"\n{stage} " in output
+    assert "0.01e9 parameters, 5000 pairs" in output and "DOES NOT FIT" in output
+    assert "train.token_budget = 8192: fits" in run_plan("--config", small_recipe, "--gpus", "4")
+
+
+def test_bad_arguments_are_refused(small_recipe, tmp_path):
+    (tmp_path / "no.toml").write_text(f'[run]\ndir = "{tmp_path}"\n')
+    assert "did you mean" in run_plan("--config", small_recipe, "--train.token_buget=3", fails=True)
+    assert "--architecture takes a config.json" in run_plan("--config", str(tmp_path / "no.toml"), fails=True)
+    output = run_plan("--config", small_recipe, "--gpus", "6", "--run.shard_size=4", fails=True)
+    assert "run.shard_size = 4 does not divide the number of ranks, 6" in output
