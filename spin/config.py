@@ -237,6 +237,11 @@ def build(values: dict[str, object]) -> Config:
             raise ValueError(f"{name}.warmup = {part.warmup!r} is not in [0, 1)")
         if part.second_moment != "float32" and part.optimizer != "rmsprop":
             raise ValueError(f"{name}.second_moment = {part.second_moment!r} is for rmsprop, not {part.optimizer}")
+        if part.compile and part.activation_checkpointing == "selective":
+            raise ValueError(
+                f'{name}.compile and {name}.activation_checkpointing = "selective" exclude each other: of what is fused '
+                'no part can be kept. Compiled, "none" keeps about as little by itself'
+            )
         if 0 < part.schedule_epochs < part.epochs:
             raise ValueError(f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}")
     return config

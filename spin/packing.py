@@ -42,10 +42,11 @@ class Packed:
     lengths: Tensor  # (C,) how many of the R belong to each response, in turn
 
     def to(self, device) -> "Packed":
-        names = ("tokens", "positions", "at", "targets", "lengths")
-        if torch.device(device).type == "cuda":  # from pinned memory, so that nothing waits for the copies
-            return Packed(segments=self.segments.to(device), **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
-        return Packed(segments=self.segments.to(device), **{name: getattr(self, name).to(device) for name in names})
+        tensors = {name: getattr(self, name) for name in ("tokens", "positions", "at", "targets", "lengths")}
+        if torch.device(device).type == "cuda":  # copied from pinned memory, nothing waits for them
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return Packed(segments=self.segments.to(device), **moved)
 
 
 def pack(items: Sequence[Item]) -> Packed:

@@ -152,13 +152,17 @@ class Plan:
     def largest_budget(self, free: float) -> int:
         """The largest token budget, in steps of 1,024 up to 65,536, of which a training step fits in `free` bytes; or 0.
 
-        Found by a line through two budgets, then run itself.
+        Found by a line through two budgets and run itself; while it does not fit, by a line through the first and it.
         """
-        small, large = (sum(self.train(budget).values()) for budget in (1024, 4096))
-        budget = min(int((free - small) / (large - small) * 3072 + 1024) // 1024 * 1024, 65536)
-        while budget >= 1024 and sum(self.train(budget).values()) > free:
-            budget -= 1024
-        return max(budget, 0)
+        first, second = 1024, 4096
+        least, memory = (sum(self.train(budget).values()) for budget in (first, second))
+        while least <= free:
+            slope = (memory - least) / (second - first)
+            budget = min(int((free - least) / slope + first) // 1024 * 1024, 65536)
+            memory, second = sum(self.train(budget).values()), budget
+            if memory <= free or budget == first:
+                return budget
+        return 0
 
     def _logps(self, items: list[Item]) -> Tensor:
         return response_logps(self.model, pack(items), self.config.train.logit_chunk)
@@ -235,17 +239,19 @@ def report(
         if budget:
             lines += [f"            largest token_budget that fits: {budget}" + " or more" * (budget == 65536)]
         else:
-            lines += [
-                "            no token_budget fits; more GPUs (run.shard_size = 0), "
-                'train.activation_checkpointing = "full" or train.second_moment = "bfloat16" take less'
-            ]
+            helps = ["more GPUs to share the parameters"]
+            helps += ['train.activation_checkpointing = "full"'] * (config.train.activation_checkpointing != "full")
+            helps += ['train.second_moment = "bfloat16"'] * (_moment_bytes(config) == 4)
+            lines += [f"            no token_budget fits; what takes less: {', '.join(helps)}"]
         shards = config.run.shard_size or gpus
+        state = (4 + _moment_bytes(config)) * count
         gathered = 0 if shards == 1 else 2 * 2 * count  # bf16, forward and backward
         lines += [
             f"            {useful:.2e} FLOPs, {_hours(useful / rate)} for {trained} pairs, {config.train.epochs:g} epochs",
+            f"            a step of {config.train.batch_size} pairs gives each GPU "
+            f"{config.train.batch_size * item.packed_length / gpus:.0f} tokens; a larger token_budget is not used",
             f"            each micro-batch gathers {_gib(gathered)} and reduces {_gib(4 * count if gpus > 1 else 0)}",
-            f"            a checkpoint being written takes {_gib((4 + _moment_bytes(config)) * count / shards)} of the host's "
-            "memory for each GPU",
+            f"            a checkpoint being written takes {_gib(state / shards)} of the host's memory for each GPU",
             f"export    {_gib(max(weight.numel() for weight in model.parameters()) * 6)} beside the parameters; "
             f"{2 * count / 1e9:.1f} GB of files",
         ]
@@ -269,7 +275,8 @@ def _generate(
     held = slots * KVCache.bytes_per_slot(architecture, prompt + generated // 2, dtype)
     answer = flops(architecture, Item([1], ([1] * generated,)))  # about what its tokens take
     step = max((weights + held) / BANDWIDTHS[gpu], answer / generated * slots / PEAKS[gpu])
-    seconds = pairs / gpus * (generated * step / slots + flops(architecture, Item([1] * prompt, ([1],))) / PEAKS[gpu]) / share
+    read = flops(architecture, Item([1] * prompt, ([1],))) / PEAKS[gpu]  # seconds, of a prompt
+    seconds = pairs / gpus * (generated * step / slots + read) / share
     return [
         f"generate  {_gib(weights)} weights and {_gib(slots * slot)} cache, {slots} slots on each GPU; "
         f"{_hours(seconds)} for {pairs} prompts at {share:.0%} of {BANDWIDTHS[gpu] / 1e12:g} TB/s"
@@ -286,7 +293,8 @@ def _gib(size: float) -> str:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
 def main() -> None:

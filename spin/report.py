@@ -1,14 +1,20 @@
 """A run's tables and figures, from what its stages left: whatever there is, also while it runs.
 
 A run in <run>/control (the same recipe with --train.objective=sft) stands beside it.
+
+    python -m spin.report runs/tiny         # report.md and figures, at any time
 """
 
+import argparse
 import json
+import logging
 from pathlib import Path
 
+from spin import cli
 from spin.config import Config, flat, read_toml
 from spin.files import read_json, write_whole
 from spin.loss import initial_loss
+from spin.metrics import read_log
 
 # Okabe and Ito's colours, told apart by the colour-blind; line styles and markers tell them apart in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -56,7 +62,7 @@ def evaluations(run: Path) -> dict[str, dict]:
 def metrics(run: Path) -> dict[str, list[dict]]:
     """{iteration: its steps}, of self-play as far as it has come."""
     files = {name: directory / "metrics.jsonl" for name, directory in models(run).items() if name != "base"}
-    logs = {name: [json.loads(line) for line in open(file)] for name, file in files.items() if file.is_file()}
+    logs = {name: read_log(file) for name, file in files.items()}
     return {name: steps for name, steps in logs.items() if steps and "margin" in steps[0]}
 
 
@@ -157,6 +163,9 @@ def plot_training(run: Path) -> Path:
                 at = range(start + 1, start + len(values) + 1)
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
                 axes.plot(at, _smooth(values), color=color, linestyle=style, label=None if start else label)
+                aside = [(start + step["step"], step[f"heldout_{key}"]) for step in steps if f"heldout_{key}" in step]
+                if aside:
+                    axes.plot(*zip(*aside), color=ORANGE, marker="o", markersize=3, label=None if start else "held out")
             axes.axvline(start + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             if "loss" in curves:
                 label = name.removeprefix("iteration ")
@@ -164,7 +173,7 @@ def plot_training(run: Path) -> Path:
             start += len(steps)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        if len(curves) > 1:
+        if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)
     grid[0, 0].axhline(initial_loss(_setting(run, "train.loss")), color=GREY, linewidth=0.8)
     for axes in grid[1]:
@@ -217,3 +226,17 @@ def _save(plt, figure, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write <run>/report.md and its figures from what is there.")
+    parser.add_argument("run", type=Path, help="a run's directory, also of one at work")
+    with cli.errors_in_words():
+        run = parser.parse_args().run
+        if not any(metrics(run)) and not any(evaluations(run)):
+            raise ValueError(f"{run}: no steps of self-play and no evaluation yet")
+        logging.getLogger("spin").info("%s", write_report(run))
+
+
+if __name__ == "__main__":
+    main()

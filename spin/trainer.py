@@ -101,7 +101,9 @@ def train(
     def load(chosen: list[int]) -> tuple[Packed, Tensor | None, Tensor | None]:
         own = [items[i] for i in chosen]
         packed = pack(own).to(ranks.device)
-        return (packed, None, None) if opponent is None else (packed, opponent[chosen].to(ranks.device), alike(own).to(ranks.device))
+        if opponent is None:
+            return packed, None, None
+        return packed, opponent[chosen].to(ranks.device), alike(own).to(ranks.device)
 
     def forward(packed: Packed, theirs: Tensor | None, same: Tensor | None, examples: Sequence[int]):
         """Log-probabilities of a micro-batch, and its share of the loss and the metrics of a step of these examples."""
@@ -138,15 +140,16 @@ def train(
             *sums, stopping = ranks.sum([*sums.tolist(), bool(stop) or checkpoints.failed])
             means = dict(zip(METRICS, sums))
             if not math.isfinite(norm) or not math.isfinite(means["loss"]):
-                bad = [i for chosen, logps in seen for i in not_finite(chosen, logps)]
-                bad = [i for part_of in ranks.gather(bad) for i in part_of]
+                bad = ranks.gather([i for chosen, logps in seen for i in not_finite(chosen, logps)])
+                bad = sorted(i for of_rank in bad for i in of_rank)
                 raise RuntimeError(
                     f"step {step + 1}: loss {means['loss']}, gradient norm {norm}: not finite, so no step is taken. "
                     f"{_named(bad or batch, items)}: {'log-probabilities that are not finite' if bad else 'this step'}. "
                     "A lower lr or beta may help; the last checkpoint is intact"
                 )
             if step == 0 and opponent is not None:
-                _check_first_step(part, means, sum(len(response) for i in batch for response in items[i].responses) / len(batch))
+                tokens = sum(len(response) for i in batch for response in items[i].responses)
+                _check_first_step(part, means, tokens / len(batch))
             for group in optimizer.param_groups:
                 group |= {"lr": schedule.lr(step), "step": step}
             optimizer.step()
@@ -176,7 +179,7 @@ def train(
             bar.update()
             if done % part.checkpoint_every == 0 or done == schedule.stop or stopping:
                 checkpoints.save(done)
-            if stopping and done < schedule.stop:
+            if stopping:
                 checkpoints.wait()
                 raise Stopped(f"stopped after step {done} of {schedule.stop}; the same command goes on from there")
     checkpoints.wait()

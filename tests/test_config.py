@@ -117,3 +117,18 @@ def test_the_miniatures_recipe_has_the_values_of_its_documentation():
 
 def test_the_requirements_pin_torch_exactly():
     assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train.compile": True, "train.activation_checkpointing": "selective"}, "exclude each other"),
+        ({"train.activation_checkpointing": "some"}, "not one of none, selective, full"),
+        ({"sft.second_moment": "bfloat16"}, "is for rmsprop, not adamw"),
+        ({"train.keep_checkpoints": 0}, "out of range"),
+        ({"train.heldout_pairs": -1}, "out of range"),
+    ],
+)
+def test_settings_of_the_engine_that_do_not_go_together_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        build(values)

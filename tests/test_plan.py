@@ -54,7 +54,8 @@ def test_without_values_the_memory_is_that_of_a_run_with_values(checkpointing, s
 
 
 def plan(world_size=8, shard_size=0, **changes):
-    config = Config(train=Train(**dict(dtype="bfloat16", logit_chunk=256) | changes), data=Data(max_length=256, max_prompt_length=128))
+    part = Train(**dict(dtype="bfloat16", logit_chunk=256) | changes)
+    config = Config(train=part, data=Data(max_length=256, max_prompt_length=128))
     return config, pretended_ranks(world_size, shard_size)
 
 

@@ -1,11 +1,13 @@
 """The report of a run, finished or not."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 
-from spin.report import evaluations, table, write_report
+from spin.report import evaluations, plot_training, table, write_report
 from spin.talk import side_by_side
 
 
@@ -50,6 +52,23 @@ def test_a_run_under_way_shows_what_there_is(tmp_path, evaluated):
     assert ("accuracy.png" in text) == evaluated and "training.png" in text
     assert list(evaluations(tmp_path)) == (["base"] if evaluated else [])
     assert table(tmp_path).count("\n") == (2 if evaluated else 1)
+
+
+def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
+    steps(tmp_path / "iter0", 20)
+    file = tmp_path / "iter0/metrics.jsonl"
+    rows = [json.loads(line) for line in open(file)]
+    without = plot_training(tmp_path).read_bytes()
+    for row in rows[4::5]:
+        row |= {"heldout_loss": 0.7, "heldout_accuracy": 0.4, "heldout_margin": 0.6}
+    write_jsonl(file, rows)
+    with open(file, "a") as log:
+        log.write('{"step": 21, "lo')  # a line of which half is there
+    done = subprocess.run(
+        [sys.executable, "-m", "spin.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "report.md") in done.stderr and "| 0 | 20 |" in (tmp_path / "report.md").read_text()
+    assert is_picture(tmp_path / "training.png") and (tmp_path / "training.png").read_bytes() != without
 
 
 def test_an_empty_run_has_an_empty_report(tmp_path):
