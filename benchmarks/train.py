@@ -11,7 +11,7 @@ The reference does what the official code does: batches of 8 pairs in the data's
 generated concatenated into 16 rows and padded to the longest; policy forward and backward, reference model forward,
 every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master weights beside the bf16 ones, as
 DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage, which is counted once for two epochs, as in
-the paper's recipe. Losses of the steps are compared first. Peak memory is of a process of its own for each side.
+the paper's recipe. Losses of the steps are compared first. Each side has a process of its own.
 
     python -m benchmarks.train --shape 7b --pairs 64        # on a GPU: ours alone, random weights, UltraChat-like pairs
 
@@ -57,7 +57,9 @@ SETTINGS = (  # of one GPU: those of an 80 GB one, those of a larger one
     {"activation_checkpointing": "full", "second_moment": "bfloat16"},
     {"activation_checkpointing": "full"},
     {"activation_checkpointing": "selective"},
+    {"activation_checkpointing": "none"},
     {"activation_checkpointing": "full", "compile": True},
+    {"activation_checkpointing": "none", "compile": True},
 )
 MICRO_BATCH = 8  # pairs, as in the official recipe
 EPOCHS = 2  # over which the score stage is spread
@@ -72,12 +74,8 @@ def part(dtype: str, pairs: int, steps: int, **changes) -> Train:
 class Ours:
     """spin.trainer.train on one rank."""
 
-    def __init__(self, config: ModelConfig, dtype: str, group, directory: Path):
-        self.dtype, self.group = dtype, group
-        self.directory = directory
-        self.weights = directory / "weights"
-        if not self.weights.is_dir():
-            save_model(Mistral(config).init_weights(0), self.weights, torch.float32)
+    def __init__(self, config: ModelConfig, dtype: str, group, weights: Path):
+        self.dtype, self.group, self.weights = dtype, group, weights
 
     def run(self, items: list[Item], steps: int) -> dict:
         """Losses and seconds of each step, and seconds of the score stage."""
@@ -86,7 +84,7 @@ class Ours:
         began = time.perf_counter()
         opponent = score(model, items, settings.token_budget, settings.logit_chunk, self.group)
         scored = time.perf_counter() - began
-        with tempfile.TemporaryDirectory(dir=self.directory) as run:
+        with tempfile.TemporaryDirectory() as run:
             train(settings, model, items, opponent, Path(run), self.group)
             log = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
         tokens = sum(item.packed_length for item in items)
@@ -98,21 +96,16 @@ class Ours:
 class Official:
     """The official pipeline: a padded concatenated batch, two models, whole logits."""
 
-    def __init__(self, config: ModelConfig, dtype: str, group, directory: Path):
-        from transformers import MistralConfig, MistralForCausalLM
+    def __init__(self, config: ModelConfig, dtype: str, group, weights: Path):
+        from transformers import AutoModelForCausalLM
 
-        values = config.to_dict("float32")
-        theirs = MistralConfig(**{key: value for key, value in values.items() if key != "architectures"})
-        theirs._attn_implementation = "sdpa"
-        self.weights = Mistral(config).init_weights(0).state_dict()
-        self.dtype = getattr(torch, dtype)
-        self.policy, self.opponent = (MistralForCausalLM(theirs).to(self.dtype) for _ in range(2))
-        self.opponent.load_state_dict(self.weights)
-        self.opponent.eval()
+        self.dtype, self.weights = getattr(torch, dtype), weights
+        self.load = lambda: AutoModelForCausalLM.from_pretrained(weights, dtype=self.dtype, attn_implementation="sdpa")
+        self.opponent = self.load().eval()
 
     def run(self, items: list[Item], steps: int) -> dict:
         settings = part("", len(items), steps)
-        self.policy.load_state_dict(self.weights)
+        self.policy = self.load().train()
         masters = list(self.policy.parameters())
         if self.dtype != torch.float32:
             masters = [weight.detach().float() for weight in masters]
@@ -190,21 +183,38 @@ def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Ite
     return {"GSM8K": (CONFIG, gsm8k), "UltraChat-like": (CONFIG, long), "small vocabulary": (SMALL_VOCABULARY, small)}
 
 
-def peak_memory(kind: str, config: ModelConfig, dtype: str, items: list[Item]) -> float:
-    """GB that a process's memory grows to in two steps: both models or one, gradients, optimizer, activations."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (kind, config, dtype, items))
+class Process:
+    """One side in a process of its own, as its users would have it."""
+
+    def __init__(self, kind: str, config: ModelConfig, dtype: str, weights: Path):
+        self.pool = multiprocessing.get_context("spawn").Pool(1, _begin, (kind, config, dtype, weights))
+
+    def run(self, items: list[Item], steps: int) -> dict:
+        return self.pool.apply(_run, (items, steps))
+
+    def end(self) -> float:
+        """GB that its memory grew to: weights, gradients, optimizer, activations."""
+        grown = self.pool.apply(_memory)
+        self.pool.terminate()
+        return grown
 
 
-def _measure_memory(kind: str, config: ModelConfig, dtype: str, items: list[Item]) -> float:
+def _begin(kind: str, config: ModelConfig, dtype: str, weights: Path) -> None:
+    global side, before
     import torch.distributed.checkpoint  # noqa: F401  so that code is not counted
     import transformers  # noqa: F401
 
-    with tempfile.TemporaryDirectory() as directory, ranks() as group:
-        save_model(Mistral(config).init_weights(0), Path(directory) / "weights", torch.float32)
-        before = memory_status("VmRSS")
-        {"ours": Ours, "official": Official}[kind](config, dtype, group, Path(directory)).run(items, 2)
-        return memory_status("VmHWM") - before
+    group = ranks().__enter__()
+    before = memory_status("VmRSS")
+    side = {"ours": Ours, "official": Official}[kind](config, dtype, group, weights)
+
+
+def _run(items: list[Item], steps: int) -> dict:
+    return side.run(items, steps)
+
+
+def _memory() -> float:
+    return memory_status("VmHWM") - before
 
 
 def alone(config: ModelConfig, items: list[Item], budget: int) -> dict[str, dict]:
@@ -224,6 +234,7 @@ def alone(config: ModelConfig, items: list[Item], budget: int) -> dict[str, dict
             run = Path(directory) / name
             if group.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            fits = True
             try:
                 score(model, items, settings.token_budget, settings.logit_chunk, group)  # compiles
                 began = time.perf_counter()
@@ -231,9 +242,11 @@ def alone(config: ModelConfig, items: list[Item], budget: int) -> dict[str, dict
                 scored = time.perf_counter() - began
                 train(settings, model, items, opponent, run, group)
             except torch.OutOfMemoryError as error:
-                result[name] = {"out of memory": str(error).splitlines()[0]}
+                result[name], fits = {"out of memory": str(error).splitlines()[0]}, False
+            if not fits:  # and the error is gone, with the frames that hold memory
                 print(f"{name}: {result[name]}", flush=True)
                 model.zero_grad()
+                model.reshard()
                 group.release_memory()
                 continue
             log = [json.loads(line) for line in open(run / "metrics.jsonl")][1:]
@@ -289,21 +302,21 @@ def main() -> None:
 
 def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, rate: float, directory: Path) -> dict:
     """Compare the losses of three steps, then time both sides in turn."""
-    with ranks() as group:
-        sides = {"ours": Ours(config, dtype, group, directory), "official": Official(config, dtype, group, directory)}
-        first = {name: side.run(items, 3) for name, side in sides.items()}
-        apart = max(abs(a - b) for a, b in zip(first["ours"]["loss"], first["official"]["loss"]))
-        # Of losses around 0.5. In bf16 a response's log-probability is rounded by a tenth of a nat and more.
-        if apart > {"float32": 1e-4, "bfloat16": 3e-2}[dtype]:
-            raise SystemExit(f"the two sides computed different losses: {first}")
-        seconds: dict[str, list[float]] = {"ours": [], "official": []}
-        for _ in range(repeats):
-            for name, side in sides.items():
-                taken = side.run(items, 3)  # the first step warms up
-                seconds[name].append(statistics.mean(taken["step"][1:]) + taken["score"] / EPOCHS)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        del sides
-        group.release_memory()
+    weights = directory / "weights"
+    save_model(Mistral(config).init_weights(0), weights, torch.float32)
+    sides = {name: Process(name, config, dtype, weights) for name in ("ours", "official")}
+    first = {name: side.run(items, 3) for name, side in sides.items()}
+    apart = max(abs(a - b) for a, b in zip(first["ours"]["loss"], first["official"]["loss"]))
+    # Of losses around 0.5. In bf16 a response's log-probability is rounded by a tenth of a nat and more.
+    if apart > {"float32": 1e-4, "bfloat16": 3e-2}[dtype]:
+        raise SystemExit(f"the two sides computed different losses: {first}")
+    seconds: dict[str, list[float]] = {"ours": [], "official": []}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            taken = side.run(items, 4)  # two steps warm up: until then memory is being taken for the first time
+            seconds[name].append(statistics.mean(taken["step"][2:]) + taken["score"] / EPOCHS)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    memory = {name: round(side.end(), 2) for name, side in sides.items()}
     needed = sum(flops(config, item) for item in items) * (3 + 1 / EPOCHS)
     return {
         "ratio": round(medians["official"] / medians["ours"], 2),
@@ -314,7 +327,7 @@ def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, ra
         "tokens of a pair": round(sum(item.packed_length for item in items) / len(items)),
         "agreed": [round(value, 4) for value in first["ours"]["loss"]] + [float(f"{apart:.1e}")],
         "rounds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
-        "peak_memory_gb": {kind: round(peak_memory(kind, config, dtype, items), 2) for kind in ("ours", "official")},
+        "peak_memory_gb": memory,
     }
 
 

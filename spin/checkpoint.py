@@ -45,13 +45,15 @@ class Checkpoints:
                 state = _state(self.model, self.optimizer)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # torch's notes on its own deprecated storage classes
-                    dcp.load(state, checkpoint_id=path)
+                    try:
+                        dcp.load(state, checkpoint_id=path)
+                    except CheckpointException as error:
+                        raise OSError(f"{path}: cannot be loaded ({_cause(error)}); remove it to go on without") from error
                 set_state_dict(
                     self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
                 )
                 return step
-            log.warning("%s: damaged (%s): put aside as *.damaged, going on from the one before it", path, damaged[0])
-            self.ranks.from_first(lambda: path.rename(path.with_suffix(".damaged")) and None)
+            self.ranks.from_first(lambda: _put_aside(path, damaged[0]))
         return 0
 
     def save(self, step: int) -> None:
@@ -114,19 +116,29 @@ class Checkpoints:
             shutil.rmtree(partial)
 
 
-def check_room(directory: Path, size: int, keep: int, export: int) -> None:
-    """Raise OSError unless the disk has room for `keep` checkpoints of `size` bytes, one more, and the export."""
+def room_needed(directory: Path, size: int, keep: int) -> int:
+    """Bytes that `keep` checkpoints of `size` bytes and one more will take beside those that `directory` has."""
+    return size * max(0, keep + 1 - len(_complete(directory)))
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raise OSError unless the disk of `directory` has room for so many bytes."""
     there = directory
     while not there.is_dir():
         there = there.parent
-    own = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())  # makes room as others come
-    free = shutil.disk_usage(there).free + own
-    needed = size * (keep + 1) + export
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise OSError(
-            f"{directory}: {keep} checkpoints of {size / 1e9:.1f} GB, the next one and the exported model take "
-            f"{needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}; make room, or lower train.keep_checkpoints"
+            f"{directory}: checkpoints and exported models will take {needed / 1e9:.1f} GB, and the disk has "
+            f"{free / 1e9:.1f}; make room, lower train.keep_checkpoints, or run fewer iterations at a time"
         )
+
+
+def _put_aside(path: Path, why: str) -> None:
+    log.warning("%s: damaged (%s): put aside as *.damaged, going on from the one before it", path, why)
+    aside = path.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
+    path.rename(aside)
 
 
 def _path(directory: Path, step: int) -> Path:

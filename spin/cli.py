@@ -57,7 +57,8 @@ def errors_in_words():
     except RuntimeError as error:
         if not lost_rank(error):
             raise
-        log.warning("rank %d: another rank has ended; its own error says why", rank)
+        reason = str(error).strip().splitlines()[0]
+        log.warning("rank %d: another rank has ended, as its own error says, or cannot be reached (%s)", rank, reason)
         time.sleep(10)  # torchrun names the rank that ended first, and ends the others meanwhile
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:

@@ -53,6 +53,7 @@ class Ranks:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def free_memory(self) -> int:
         """Bytes that this rank may take: what its GPU has free, or its share of what the machine has."""
@@ -152,8 +153,10 @@ def pretended_ranks(world_size: int, shard_size: int = 0):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    yield Ranks(0, world_size, torch.device("cpu"), _mesh("cpu", shard_size))
-    dist.destroy_process_group()
+    try:
+        yield Ranks(0, world_size, torch.device("cpu"), _mesh("cpu", shard_size))
+    finally:
+        dist.destroy_process_group()
 
 
 def _mesh(device_type: str, shard_size: int) -> DeviceMesh:

@@ -34,6 +34,7 @@ from spin.evaluation.heldout import evaluate_heldout, load_heldout
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
 from spin.metrics import check_tensorboard
 from spin.opponent import generate_pairs, generation_settings, score, verified_pairs
+from spin.optimizer import state_bytes
 from spin.packing import Item
 from spin.trainer import train
 
@@ -42,7 +43,7 @@ log = logging.getLogger("spin")
 
 def check(recipe: Recipe, iterations: list[int]) -> None:
     """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms, vocabularies."""
-    read = set()
+    read, needed, architecture = set(), 0, None
     for n in iterations:
         config = recipe.at(n)
         if (config.data, config.evaluate) not in read:
@@ -57,16 +58,20 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         if config.train.tensorboard:
             check_tensorboard()
         if opponent.is_dir():
-            if not (directory / "model").is_dir():
-                _check_room(directory, config, config.train, ModelConfig.from_pretrained(opponent))
+            architecture = ModelConfig.from_pretrained(opponent)
             used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
             check_model(opponent, config, used)
         elif n == 0 and not config.model.base:
-            base_source(config)
+            source, _, _ = base_source(config)
+            architecture = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
+            needed += _room(config.base.parent, config, config.sft, architecture)
         elif n == 0:
             raise FileNotFoundError(f"{opponent}: no such directory; model.base is the SFT model to start from")
         elif n - 1 not in iterations:
             raise FileNotFoundError(f"{opponent}: no such directory; iteration {n} needs it: run --iter {n - 1} first")
+        if not (directory / "model").is_dir():
+            needed += _room(directory, config, config.train, architecture)
+    checkpoint.check_room(Path(recipe.at(0).run.dir), needed)
 
 
 def run_base(config: Config, ranks: Ranks) -> None:
@@ -88,6 +93,8 @@ def run_base(config: Config, ranks: Ranks) -> None:
         log.info("%s: finished, nothing to do", directory)
         return
     part = config.sft
+    architecture = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
+    ranks.from_first(lambda: checkpoint.check_room(directory, _room(directory, config, part, architecture)))
     items = tokenize(examples, vocabulary, part.template, config.data, counts)
     log.info("SFT on %d examples%s", len(items), _summary(counts))
     dtype = getattr(torch, part.dtype)
@@ -114,12 +121,10 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:
         check_model(Path(part.init), config, (part,), tokenizer)
-        _check_room(config.base.parent, config, part, ModelConfig.from_pretrained(Path(part.init)))
         return Path(part.init), tokenizer_path, tokenizer
     ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
     _check_attention(config, architecture, (part,))
-    _check_room(config.base.parent, config, part, architecture)
     return architecture, tokenizer_path, tokenizer
 
 
@@ -301,13 +306,12 @@ def check_model(path: Path, config: Config, used: tuple, tokenizer: Tokenizer | 
     _check_attention(config, architecture, used)
 
 
-def _check_room(directory: Path, config: Config, part: Optimization, architecture: ModelConfig) -> None:
-    """Raise OSError unless training and export have room on the disk."""
+def _room(directory: Path, config: Config, part: Optimization, architecture: ModelConfig) -> int:
+    """Bytes that training and export will write."""
     with torch.device("meta"):
         count = sum(weight.numel() for weight in Mistral(architecture).parameters())
-    moments = 8 if part.optimizer == "adamw" else getattr(torch, part.second_moment).itemsize
-    export = count * getattr(torch, config.model.save_dtype).itemsize
-    checkpoint.check_room(directory / "checkpoints", count * (4 + moments), part.keep_checkpoints, export)
+    checkpoints = checkpoint.room_needed(directory / "checkpoints", count * (4 + state_bytes(part)), part.keep_checkpoints)
+    return checkpoints + count * getattr(torch, config.model.save_dtype).itemsize
 
 
 def _check_attention(config: Config, architecture: ModelConfig, used: tuple) -> None:

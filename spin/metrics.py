@@ -43,7 +43,10 @@ class Log:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, metrics["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error) -> None:
         self._file.close()
         if self._events:
             self._events.close()

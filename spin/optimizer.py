@@ -13,7 +13,7 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 class RMSprop(torch.optim.Optimizer):
-    """v ← α v + (1 − α) g²,  θ ← θ − lr · g / (√v + ε): torch.optim.RMSprop's, without momentum or weight decay.
+    """v ← α v + (1 − α) g²,  θ ← θ − lr · g / (√v + ε): torch.optim.RMSprop without momentum or weight decay.
 
     The second moment v may be kept in bfloat16, for half of its memory. Its neighbours there are up to 2^-7 apart
     (relative) and a step moves v by some hundredths at most: to the nearest, a small change would be rounded away every
@@ -29,6 +29,11 @@ class RMSprop(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, alpha=alpha, eps=eps, step=0))
         self.second_moment = second_moment
         self.chunk = CHUNK[self.param_groups[0]["params"][0].device.type]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # which casts the state to the parameters' dtype
+        for state in self.state.values():
+            state["square_avg"] = state["square_avg"].to(self.second_moment)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -58,6 +63,11 @@ def randomly_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
     bits += torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits &= -(1 << 16)
     return x.bfloat16()
+
+
+def state_bytes(part: Optimization) -> int:
+    """Bytes of state for each parameter."""
+    return 8 if part.optimizer == "adamw" else getattr(torch, part.second_moment).itemsize
 
 
 def make_optimizer(part: Optimization, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

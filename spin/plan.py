@@ -30,7 +30,7 @@ from spin.distributed import DTensor, Ranks, local, pretended_ranks, sharded_mod
 from spin.files import read_json
 from spin.logps import response_logps
 from spin.metrics import PEAKS
-from spin.optimizer import CHUNK, make_optimizer
+from spin.optimizer import CHUNK, make_optimizer, state_bytes
 from spin.packing import Item, flops, pack
 from spin.trainer import alike, backward, clip_gradient, spin_step
 
@@ -241,11 +241,11 @@ def report(
         else:
             helps = ["more GPUs to share the parameters"]
             helps += ['train.activation_checkpointing = "full"'] * (config.train.activation_checkpointing != "full")
-            helps += ['train.second_moment = "bfloat16"'] * (_moment_bytes(config) == 4)
+            helps += ['train.second_moment = "bfloat16"'] * (state_bytes(config.train) == 4)
             lines += [f"            no token_budget fits; what takes less: {', '.join(helps)}"]
         shards = config.run.shard_size or gpus
-        state = (4 + _moment_bytes(config)) * count
-        gathered = 0 if shards == 1 else 2 * 2 * count  # bf16, forward and backward
+        state = (4 + state_bytes(config.train)) * count
+        gathered = 0 if shards == 1 else 2 * getattr(torch, config.train.dtype).itemsize * count  # forward and backward
         lines += [
             f"            {useful:.2e} FLOPs, {_hours(useful / rate)} for {trained} pairs, {config.train.epochs:g} epochs",
             f"            a step of {config.train.batch_size} pairs gives each GPU "
@@ -281,11 +281,6 @@ def _generate(
         f"generate  {_gib(weights)} weights and {_gib(slots * slot)} cache, {slots} slots on each GPU; "
         f"{_hours(seconds)} for {pairs} prompts at {share:.0%} of {BANDWIDTHS[gpu] / 1e12:g} TB/s"
     ]
-
-
-def _moment_bytes(config: Config) -> int:
-    """Bytes of the optimizer's state for a parameter."""
-    return 8 if config.train.optimizer == "adamw" else getattr(torch, config.train.second_moment).itemsize
 
 
 def _gib(size: float) -> str:

@@ -5,7 +5,8 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
-from spin.packing import Item, Packed, flops, micro_batches, pack
+from spin.packing import Item, Packed, flops, micro_batches, moved, pack
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
@@ -51,9 +52,13 @@ class Schedule:
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of a step: slices of the epoch's seeded permutation."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.part.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.examples, generator=generator)
+        order = _permutation(self.examples, self.part.seed * 1_000_003 + epoch)
         return order[place * self.part.batch_size :][: self.part.batch_size].tolist()
+
+
+@lru_cache(1)
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _ceil(steps: float) -> int:
@@ -80,59 +85,25 @@ def train(
     loss or gradient that is not finite, and for a first step at which policy and opponent are not one model; OSError for
     a checkpoint that cannot be written; Stopped after SIGTERM, once a checkpoint is there.
     """
-    aside = kept_aside(part, len(items))
-    used = sorted(set(range(len(items))) - set(aside))
-    schedule = Schedule(part, len(used))
+    examples = Examples(part, model, items, opponent, ranks)
+    schedule = Schedule(part, len(examples.used))
     optimizer = make_optimizer(part, model.parameters())
     checkpoints = Checkpoints(directory / "checkpoints", part.keep_checkpoints, model, optimizer, ranks)
     start = checkpoints.restore()
-    log = Log(directory, start, part.tensorboard) if ranks.first else None
-    lengths = [item.packed_length for item in items]
-    costs = [flops(model.config, item) for item in items]
-    peak = peak_flops(ranks.device)
-
-    def share(chosen: Sequence[int]) -> list[list[int]]:
-        """This rank's micro-batches of the chosen examples, as indices."""
-        split = micro_batches(
-            [lengths[i] for i in chosen], [costs[i] for i in chosen], ranks.world_size, part.token_budget
-        )
-        return [[chosen[place] for place in places] for places in split[ranks.rank]]
-
-    def load(chosen: list[int]) -> tuple[Packed, Tensor | None, Tensor | None]:
-        own = [items[i] for i in chosen]
-        packed = pack(own).to(ranks.device)
-        if opponent is None:
-            return packed, None, None
-        return packed, opponent[chosen].to(ranks.device), alike(own).to(ranks.device)
-
-    def forward(packed: Packed, theirs: Tensor | None, same: Tensor | None, examples: Sequence[int]):
-        """Log-probabilities of a micro-batch, and its share of the loss and the metrics of a step of these examples."""
-        logps = response_logps(model, packed, part.logit_chunk)  # (C,)
-        if theirs is None:
-            loss = -logps.sum() / sum(len(response) for i in examples for response in items[i].responses)
-            return logps, loss, [loss]
-        return logps, *spin_step(part, logps, theirs, same, len(examples))
-
-    def held_out() -> dict[str, float]:
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=ranks.device)
-        with torch.no_grad():
-            for chosen in share(aside):
-                stats = forward(*load(chosen), aside)[-1]
-                sums[: len(stats)] += torch.stack(stats).double()
-        model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
-        means = dict(zip(METRICS, ranks.sum(sums.tolist())))
-        return {f"heldout_{name}": means[name] for name in (HELD_OUT if opponent is not None else HELD_OUT[:1])}
-
-    steps = [[used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop)]
-    bar = ranks.progress(schedule.stop, "train", "step", start)
-    with closing(prefetched(load(chosen) for batch in steps for chosen in share(batch))) as packs, on_sigterm() as stop:
+    steps = [[examples.used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop)]
+    with (
+        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as log,
+        ranks.progress(schedule.stop, "train", "step", start) as bar,
+        closing(prefetched(examples.load(chosen) for batch in steps for chosen in examples.share(batch))) as packs,
+        on_sigterm() as stop,
+    ):
         for step, batch in enumerate(steps, start):
             began = time.perf_counter()
             sums = torch.zeros(len(METRICS), dtype=torch.float64, device=ranks.device)
             seen = []
-            mine = share(batch)
+            mine = examples.share(batch)
             for k, chosen in enumerate(mine, 1):
-                logps, loss, stats = forward(*next(packs), batch)
+                logps, loss, stats = examples.forward(*next(packs), batch)
                 backward(part, model, loss, ranks, last=k == len(mine))
                 sums[: len(stats)] += torch.stack(stats).detach().double()
                 seen.append((chosen, logps.detach()))
@@ -148,30 +119,19 @@ def train(
                     "A lower lr or beta may help; the last checkpoint is intact"
                 )
             if step == 0 and opponent is not None:
-                tokens = sum(len(response) for i in batch for response in items[i].responses)
-                _check_first_step(part, means, tokens / len(batch))
+                _check_first_step(part, means, examples.response_tokens(batch) / len(batch))
             for group in optimizer.param_groups:
                 group |= {"lr": schedule.lr(step), "step": step}
             optimizer.step()
             optimizer.zero_grad()
 
             done = step + 1
-            seconds = time.perf_counter() - began
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch, "loss": means["loss"]}
             if opponent is not None:
                 metrics |= {name: means[name] for name in METRICS[1:-1]}
-            metrics |= {
-                "grad_norm": norm,
-                "lr": schedule.lr(step),
-                "tokens_per_second": sum(lengths[i] for i in batch) / seconds,
-                "pairs_per_second" if opponent is not None else "examples_per_second": len(batch) / seconds,
-                "memory_gb": ranks.max([ranks.peak_memory() / 1e9])[0],
-            }
-            if peak:
-                useful = 3 * sum(costs[i] for i in batch)  # the backward pass takes twice the forward's
-                metrics["share_of_peak"] = useful / seconds / (peak * ranks.world_size)
-            if aside and (done % part.heldout_every == 0 or done == schedule.stop):
-                metrics |= held_out()
+            metrics |= {"grad_norm": norm, "lr": schedule.lr(step)} | examples.speed(batch, time.perf_counter() - began)
+            if examples.aside and (done % part.heldout_every == 0 or done == schedule.stop):
+                metrics |= examples.held_out()
             if log:
                 log.write(metrics)
                 shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "accuracy") if key in metrics}
@@ -183,9 +143,62 @@ def train(
                 checkpoints.wait()
                 raise Stopped(f"stopped after step {done} of {schedule.stop}; the same command goes on from there")
     checkpoints.wait()
-    bar.close()
-    if log:
-        log.close()
+
+
+class Examples:
+    """What is trained on and what is kept aside, split over the ranks, on its way to the device and through the model."""
+
+    def __init__(self, part: Optimization, model: Mistral, items: Sequence[Item], opponent: Tensor | None, ranks: Ranks):
+        self.part, self.model, self.items, self.opponent, self.ranks = part, model, items, opponent, ranks
+        self.aside = kept_aside(part, len(items))
+        self.used = sorted(set(range(len(items))) - set(self.aside))
+        self.lengths = [item.packed_length for item in items]
+        self.flops = [flops(model.config, item) for item in items]
+
+    def share(self, batch: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of a step's examples, as indices."""
+        lengths, costs = ([values[i] for i in batch] for values in (self.lengths, self.flops))
+        split = micro_batches(lengths, costs, self.ranks.world_size, self.part.token_budget)
+        return [[batch[place] for place in places] for places in split[self.ranks.rank]]
+
+    def load(self, chosen: list[int]) -> tuple[Packed, Tensor | None, Tensor | None]:
+        """A micro-batch on the device, with the opponent's log-probabilities (B, 2) and `alike`."""
+        items, device = [self.items[i] for i in chosen], self.ranks.device
+        if self.opponent is None:
+            return pack(items).to(device), None, None
+        return pack(items).to(device), moved(self.opponent[chosen], device), moved(alike(items), device)
+
+    def forward(self, packed: Packed, opponent: Tensor | None, same: Tensor | None, batch: Sequence[int]):
+        """Log-probabilities of a micro-batch (C,), and its share of the loss and the metrics of a step's examples."""
+        logps = response_logps(self.model, packed, self.part.logit_chunk)
+        if opponent is None:
+            loss = -logps.sum() / self.response_tokens(batch)
+            return logps, loss, [loss]
+        return logps, *spin_step(self.part, logps, opponent, same, len(batch))
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """Loss, and of pairs accuracy and margin, of the examples kept aside."""
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.ranks.device)
+        for chosen in self.share(self.aside):
+            stats = self.forward(*self.load(chosen), self.aside)[-1]
+            sums[: len(stats)] += torch.stack(stats).double()
+        self.model.reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
+        means = dict(zip(METRICS, self.ranks.sum(sums.tolist())))
+        return {f"heldout_{name}": means[name] for name in (HELD_OUT if self.opponent is not None else HELD_OUT[:1])}
+
+    def response_tokens(self, batch: Sequence[int]) -> int:
+        return sum(len(response) for i in batch for response in self.items[i].responses)
+
+    def speed(self, batch: Sequence[int], seconds: float) -> dict[str, float]:
+        """Of a step over all ranks; memory of the rank that takes most. On a GPU, useful FLOPs as a share of its peak."""
+        name = "examples_per_second" if self.opponent is None else "pairs_per_second"
+        result = {"tokens_per_second": sum(self.lengths[i] for i in batch) / seconds, name: len(batch) / seconds}
+        result["memory_gb"] = self.ranks.max([self.ranks.peak_memory() / 1e9])[0]
+        if peak := peak_flops(self.ranks.device):
+            useful = 3 * sum(self.flops[i] for i in batch)  # the backward pass takes twice the forward's
+            result["share_of_peak"] = useful / seconds / (peak * self.ranks.world_size)
+        return result
 
 
 def kept_aside(part: Optimization, examples: int) -> list[int]:

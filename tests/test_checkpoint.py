@@ -11,7 +11,7 @@ from conftest import ROOT, small_model
 from test_trainer import PART, metrics, pairs
 
 from model.weights import save_model
-from spin.checkpoint import Checkpoints, check_room
+from spin.checkpoint import Checkpoints, check_room, room_needed
 from spin.config import Train
 from spin.distributed import ranks, sharded_model
 from spin.metrics import Log
@@ -92,9 +92,10 @@ def test_when_all_are_damaged_training_begins_anew(opponent, group, tmp_path):
     assert same(run(opponent, group, tmp_path / "run"), undisturbed)
 
 
-def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path):
+@pytest.mark.parametrize("second_moment", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path, second_moment):
     model = sharded_model(opponent, group, torch.float32)
-    optimizer = RMSprop(model.parameters(), lr=0.1)
+    optimizer = RMSprop(model.parameters(), lr=0.1, second_moment=second_moment)
     sum(weight.full_tensor().sum() for weight in model.parameters()).backward()
     optimizer.step()
     wanted = [weight.full_tensor().clone() for weight in model.parameters()]
@@ -107,13 +108,31 @@ def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path):
     assert checkpoints.restore() == 1
     assert all(torch.equal(a, b.full_tensor()) for a, b in zip(wanted, model.parameters()))
     again = [optimizer.state[weight]["square_avg"].full_tensor() for weight in model.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, again))
+    assert all(torch.equal(a, b) and b.dtype == second_moment for a, b in zip(moments, again))
 
 
-def test_a_disk_without_room_is_refused_before_training(tmp_path):
-    check_room(tmp_path / "not/there/yet", 10, 2, 10)
-    with pytest.raises(OSError, match="2 checkpoints of 1000000.0 GB.*make room, or lower train.keep_checkpoints"):
-        check_room(tmp_path / "not/there/yet", 10**15, 2, 0)
+@pytest.mark.parametrize(
+    "changes",
+    [{"second_moment": "bfloat16"}, {"optimizer": "adamw"}, {"unsharded_gradients": True}, {"heldout_pairs": 2}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, changes):
+    undisturbed = run(opponent, group, tmp_path / "run", **changes)
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    (_, last) = steps(tmp_path / "run")
+    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")
+    assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
+    assert [row["loss"] for row in metrics(tmp_path / "run")] == losses
+    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")  # once more: the one put aside before makes way
+    assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    check_room(tmp_path / "not/there/yet", 10)
+    with pytest.raises(OSError, match="will take 1000000.0 GB, and the disk has .*; make room"):
+        check_room(tmp_path / "not/there/yet", 10**15)
+    (tmp_path / "checkpoints/step-000007").mkdir(parents=True)
+    assert [room_needed(tmp_path / "checkpoints", 10, keep) for keep in (1, 2)] == [10, 20]
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_one(opponent, group, tmp_path):
@@ -152,7 +171,8 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path)
     def write_and_stop(self, row):
         write(self, row)
         if row["step"] == 3:
-            signal.raise_signal(signal.SIGTERM)
+            for _ in range(2):  # torchrun and SLURM may each send one
+                signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, "write", write_and_stop)

@@ -23,7 +23,7 @@ from spin.optimizer import RMSprop
 from spin.packing import Item
 from spin.trainer import Schedule, train
 
-BASE = dict(batch_size=5, epochs=2, lr=1e-3, beta=0.7, dtype="float32", token_budget=60, logit_chunk=7, max_grad_norm=0.5)
+BASE = dict(batch_size=5, epochs=2, lr=1e-3, beta=0.7, dtype="float32", token_budget=60, logit_chunk=7, max_grad_norm=1e9)
 CASES = {
     "logistic": {},
     "hinge": {"loss": "hinge"},
@@ -35,6 +35,7 @@ CASES = {
     "selective checkpointing": {"activation_checkpointing": "selective"},
     "full checkpointing": {"activation_checkpointing": "full", "loss": "hinge"},
     "one reduction a step": {"unsharded_gradients": True, "token_budget": 25},
+    "clipped": {"max_grad_norm": 0.5},
 }
 WORLDS = {"1 rank": (1, 0), "2 ranks": (2, 0), "4 ranks": (4, 0), "2 x 2 ranks (HSDP)": (4, 2)}
 FORMULAS = {
@@ -76,8 +77,8 @@ def run_cases(directory: Path, cases: dict, shard_size: int = 0) -> None:
             run = directory / name.replace(" ", "-")
             train(part, model, items, opponent, run, group)
             if group.first:
-                losses = [json.loads(line)["loss"] for line in open(run / "metrics.jsonl")]
-                torch.save((losses, made[0].seen), run / "result.pt")
+                log = [json.loads(line) for line in open(run / "metrics.jsonl")]
+                torch.save(([(row["loss"], row["grad_norm"]) for row in log], made[0].seen), run / "result.pt")
 
 
 def as_rank(rank: int, world_size: int, port: int, directory: Path, shard_size: int) -> None:
@@ -100,15 +101,15 @@ def results(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def naive() -> dict[str, list]:
-    """{loss: [(loss, gradients) of each step]} of two models of transformers and torch's RMSprop."""
+def naive() -> dict[tuple, list]:
+    """{(loss, limit): [(loss, norm, gradients) of each step]} of two models of transformers and torch's RMSprop."""
     found = {}
-    for loss, formula in FORMULAS.items():
-        part, items = Train(**BASE | {"loss": loss}), pairs()
+    for loss, limit in [*((loss, 1e9) for loss in FORMULAS), ("logistic", 0.5)]:
+        part, items, formula = Train(**BASE | {"loss": loss, "max_grad_norm": limit}), pairs(), FORMULAS[loss]
         policy, frozen = reference(small_model()), reference(small_model())
         optimizer = torch.optim.RMSprop(policy.parameters(), lr=part.lr, alpha=0.99, eps=1e-8)
         names = [name for name, _ in small_model().named_parameters()]
-        schedule, found[loss] = Schedule(part, len(items)), []
+        schedule, found[loss, limit] = Schedule(part, len(items)), []
         for step in range(schedule.stop):
             values = []
             for i in schedule.batch(step):
@@ -119,9 +120,9 @@ def naive() -> dict[str, list]:
             total = torch.stack(values).mean()
             optimizer.zero_grad()
             total.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), part.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), part.max_grad_norm).item()
             gradients = dict(policy.named_parameters())
-            found[loss].append((total.item(), [gradients[name].grad.clone() for name in names]))
+            found[loss, limit].append((total.item(), norm, [gradients[name].grad.clone() for name in names]))
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(step)
             optimizer.step()
@@ -130,10 +131,10 @@ def naive() -> dict[str, list]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_the_naive_ways(results, naive, case):
-    losses, gradients = torch.load(results / case.replace(" ", "-") / "result.pt")
-    wanted = naive[CASES[case].get("loss", "logistic")]
-    assert len(losses) == len(gradients) == len(wanted) == 4
-    for loss, ours, (expected, theirs) in zip(losses, gradients, wanted):
-        assert loss == pytest.approx(expected, rel=1e-4)
+    logged, gradients = torch.load(results / case.replace(" ", "-") / "result.pt")
+    wanted = naive[CASES[case].get("loss", "logistic"), CASES[case].get("max_grad_norm", 1e9)]
+    assert len(logged) == len(gradients) == len(wanted) == 4
+    for (loss, norm), ours, (expected, expected_norm, theirs) in zip(logged, gradients, wanted):
+        assert loss == pytest.approx(expected, rel=1e-4) and norm == pytest.approx(expected_norm, rel=1e-4)
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).norm() <= 1e-4 * b.norm()

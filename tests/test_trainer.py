@@ -13,7 +13,7 @@ from test_model import naive_logps
 from model.weights import save_model
 import spin.trainer
 from spin.config import SFT, Train
-from spin.distributed import ranks, sharded_model
+from spin.distributed import Ranks, ranks, sharded_model
 from spin.opponent import score
 from spin.packing import Item
 from spin.trainer import Schedule, train
@@ -181,6 +181,24 @@ def test_compiled_blocks_give_the_same_gradients_without_compiling_for_each_pack
                 gradients.append([weight.grad.full_tensor() for weight in model.parameters()])
             for ours, plain in zip(*gradients):
                 assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "changes", [{}, {"compile": True}, {"activation_checkpointing": "selective"}, {"second_moment": "bfloat16"}]
+)
+def test_on_a_gpu_ten_steps_in_bf16_stay_near_those_of_fp32_on_the_cpu_and_go_on(tmp_path, group, changes):
+    losses, moved = ten_steps(tmp_path, group, "gpu", dtype="bfloat16", checkpoint_every=3, **changes)
+    shutil.rmtree(tmp_path / "gpu/checkpoints/step-000010")
+    again, _ = ten_steps(tmp_path, group, "gpu", dtype="bfloat16", checkpoint_every=3, **changes)  # from step 9
+    assert group.device.type == "cuda" and torch.equal(losses[:9], again[:9]) and (losses - again).abs().max() < 0.05
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spin.trainer.peak_flops", lambda device: None)
+        mesh = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+        losses_32, moved_32 = ten_steps(tmp_path, Ranks(0, 1, torch.device("cpu"), mesh), "cpu")
+    assert (losses - losses_32).abs().max() < 0.1
+    assert torch.nn.functional.cosine_similarity(moved.cpu(), moved_32, dim=0) > 0.9
 
 
 def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
