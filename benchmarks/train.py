@@ -313,8 +313,8 @@ def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, ra
     seconds: dict[str, list[float]] = {"ours": [], "official": []}
     for _ in range(repeats):
         for name, side in sides.items():
-            taken = side.run(items, 4)  # two steps warm up: until then memory is being taken for the first time
-            seconds[name].append(statistics.mean(taken["step"][2:]) + taken["score"] / EPOCHS)
+            taken = side.run(items, 3)  # two steps warm up: until then memory is being taken for the first time
+            seconds[name].append(taken["step"][2] + taken["score"] / EPOCHS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     memory = {name: round(side.end(), 2) for name, side in sides.items()}
     needed = sum(flops(config, item) for item in items) * (3 + 1 / EPOCHS)

@@ -238,8 +238,8 @@ class TokenLogps(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """x (R, E), weight (V, E), targets (R,) → (R,) fp32."""
         logps = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        for rows in _chunks(len(x), chunk):
-            all_logps = (x[rows] @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk, V)
+        for rows, logits, all_logps in _chunks(x, weight, chunk):
+            torch.log_softmax(torch.mm(x[rows], weight.T, out=logits), -1, dtype=torch.float32, out=all_logps)
             logps[rows] = all_logps.gather(-1, targets[rows, None]).squeeze(-1)
         ctx.save_for_backward(x, weight, targets)
         ctx.chunk = chunk
@@ -251,10 +251,10 @@ class TokenLogps(torch.autograd.Function):
         x_grad = torch.empty_like(x)
         # Summed over the chunks in fp32: in bf16 the later chunks would be rounded away.
         weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in _chunks(len(x), ctx.chunk):
+        for rows, logits, logits_grad in _chunks(x, weight, ctx.chunk):
             g = grad[rows, None]
-            logits_grad = (x[rows] @ weight.T).softmax(-1, dtype=torch.float32).mul_(-g)
-            logits_grad = logits_grad.scatter_add_(-1, targets[rows, None], g).to(x.dtype)
+            torch.softmax(torch.mm(x[rows], weight.T, out=logits), -1, dtype=torch.float32, out=logits_grad)
+            logits_grad = logits_grad.mul_(-g).scatter_add_(-1, targets[rows, None], g).to(x.dtype)
             x_grad[rows] = logits_grad @ weight
             if weight.dtype == torch.float32:
                 weight_grad.addmm_(logits_grad.T, x[rows])
@@ -263,5 +263,10 @@ class TokenLogps(torch.autograd.Function):
         return x_grad, weight_grad.to(weight.dtype), None, None
 
 
-def _chunks(rows: int, size: int):
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def _chunks(x: Tensor, weight: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of x, `size` at a time, each with room for their logits, in x's dtype and in fp32: the same room every time."""
+    shape = (min(size, len(x)), len(weight))
+    logits, fp32 = x.new_empty(shape), x.new_empty(shape, dtype=torch.float32)
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        yield rows, logits[: rows.stop - start], fp32[: rows.stop - start]
