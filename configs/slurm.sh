@@ -20,6 +20,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 PATH="$PWD/.venv/bin:$PATH"
 GPUS=${GPUS:-8}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=480    # what torchrun gives its ranks after SIGTERM to leave a checkpoint; else 30 s
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # or restarted ranks may be given the addresses of those that died
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -137,7 +137,12 @@ def ranks(shard_size: int = 0):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # After a restart torchrun's store still has the addresses of the ranks that died. (One agent alone counts the
+            # restarts; of several each counts its own: for them TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see the README.)
+            store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     group = Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(device.type, shard_size))

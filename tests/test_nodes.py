@@ -96,7 +96,7 @@ def test_a_killed_rank_is_named_and_with_restarts_the_run_ends_as_if_undisturbed
     output = process.communicate()[0]
     assert process.returncode and time.monotonic() - began < 30  # seconds, where a collective waits for hours
     assert "Signal 9 (SIGKILL)" in output and "rank      : 1" in output.split("Root Cause")[-1]
-    assert "by peer" not in output  # the other rank does not push itself in front
+    assert "RuntimeError" not in output  # no traceback of the other rank pushes itself in front
 
     launch.insert(launch.index("--standalone"), "--max-restarts=2")
     process = start(launch)
@@ -153,7 +153,7 @@ def test_a_shard_size_that_does_not_divide_the_ranks_is_refused(trained, tmp_pat
 
 FAKES = {
     "scontrol": 'case $1 in show) echo localhost; echo localhost;; requeue) echo "queued again: $2";; esac',
-    "srun": 'for n in 0 1; do "$@" & echo $! >> $AGENTS; done; s=0; for p in $(cat $AGENTS); do wait $p || s=$?; done; exit $s',
+    "srun": 'while [[ $1 == --* ]]; do shift; done; for n in 0 1; do "$@" & echo $! >> $AGENTS; done; s=0; for p in $(cat $AGENTS); do wait $p || s=$?; done; exit $s',
     "scancel": "kill -TERM $(cat $AGENTS)",
 }
 
