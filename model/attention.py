@@ -106,9 +106,12 @@ class Segments:
         return cls(offsets, offsets, None, device)
 
     def to(self, device) -> "Segments":
-        """The same on another device."""
-        index = self.key_index if self.key_index is None else self.key_index.to(device)
-        return Segments(self.q_offsets, self.k_offsets, index, device)
+        """The same on another device; on a GPU with its offsets, so that the model's first layer need not copy them."""
+        index = self.key_index if self.key_index is None else moved(self.key_index, device)
+        result = Segments(self.q_offsets, self.k_offsets, index, device)
+        if torch.device(device).type == "cuda":
+            result.offsets()
+        return result
 
     def groups(self, window: int | None):
         """Segments batched by similar length, for the plain twin."""
@@ -123,6 +126,13 @@ class Segments:
             longest = (max(b - a for a, b in pairwise(o)) for o in (self.q_offsets, self.k_offsets))
             self._made["offsets"] = (q, k, *longest)
         return self._made["offsets"]
+
+
+def moved(tensor: Tensor, device) -> Tensor:
+    """A CPU tensor on a device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def attend(

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model.attention import Segments
+from model.attention import Segments, moved
 from model.config import ModelConfig
 
 
@@ -42,20 +42,8 @@ class Packed:
     lengths: Tensor  # (C,) how many of the R belong to each response, in turn
 
     def to(self, device) -> "Packed":
-        own = self.segments
-        index = own.key_index if own.key_index is None else moved(own.key_index, device)
-        segments = Segments(own.q_offsets, own.k_offsets, index, device)
-        if torch.device(device).type == "cuda":
-            segments.offsets()  # copied here and not in the model's first layer
         names = ("tokens", "positions", "at", "targets", "lengths")
-        return Packed(segments=segments, **{name: moved(getattr(self, name), device) for name in names})
-
-
-def moved(tensor: Tensor, device) -> Tensor:
-    """A CPU tensor on a device; to a GPU from pinned memory, so that nobody waits for the copy."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        return Packed(segments=self.segments.to(device), **{name: moved(getattr(self, name), device) for name in names})
 
 
 def pack(items: Sequence[Item]) -> Packed:

@@ -7,7 +7,6 @@ group that pretends to have all ranks, on tensors that have shapes and no values
 Not seen, and left to --reserve: the CUDA context, NCCL's and the kernels' own buffers, fragmentation.
 """
 
-import argparse
 import sys
 import weakref
 from itertools import count

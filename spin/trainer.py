@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.attention import moved
 from model.mistral import Mistral
 from spin.checkpoint import Checkpoints
 from spin.config import Optimization, Train
@@ -20,7 +21,7 @@ from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
-from spin.packing import Item, Packed, flops, micro_batches, moved, pack
+from spin.packing import Item, Packed, flops, micro_batches, pack
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
