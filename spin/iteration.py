@@ -44,6 +44,8 @@ log = logging.getLogger("spin")
 def check(recipe: Recipe, iterations: list[int]) -> None:
     """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms, vocabularies."""
     read, needed, architecture = set(), 0, None
+    if recipe.at(0).sft.tensorboard or any(recipe.at(n).train.tensorboard for n in iterations):
+        check_tensorboard()
     for n in iterations:
         config = recipe.at(n)
         if (config.data, config.evaluate) not in read:
@@ -55,8 +57,6 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         _same_settings(directory, config, _sections(config))
         if _generates(config) and (directory / "generated").is_dir() and not (directory / "model").is_dir():
             verified_pairs(directory / "generated", config.data)
-        if config.train.tensorboard:
-            check_tensorboard()
         if opponent.is_dir():
             architecture = ModelConfig.from_pretrained(opponent)
             used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))

@@ -12,8 +12,9 @@ from test_model import naive_logps
 
 from model.weights import save_model
 import spin.trainer
-from spin.config import SFT, Train
+from spin.config import SFT, Recipe, Train
 from spin.distributed import Ranks, ranks, sharded_model
+from spin.iteration import check
 from spin.opponent import score
 from spin.packing import Item
 from spin.trainer import Schedule, train
@@ -228,6 +229,14 @@ def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
     kept = torch.tensor([i for i in range(13) if i not in aside])
     train(Train(**PART), other, used, opponent[kept], tmp_path / "other", group)
     assert_same_weights(model, {n: w.full_tensor() for n, w in other.named_parameters()}, 0)
+
+
+def test_tensorboard_that_is_asked_for_and_absent_is_an_error_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "r.toml").write_text("[data]\npath = 'nowhere'\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for setting, iterations in (("--sft.tensorboard=true", []), ("--train.tensorboard=true", [0])):
+        with pytest.raises(ValueError, match="pip install tensorboard"):
+            check(Recipe(tmp_path / "r.toml", [setting]), iterations)
 
 
 def test_tensorboard_has_what_the_log_has(tmp_path, group):
