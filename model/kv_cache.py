@@ -53,6 +53,25 @@ class KVCache:
         self.v[:, target, :length] = self.v[:, source, :length]
 
 
+class Prefix:
+    """Keys and values of a text that several streams go on from, computed once.
+
+    The first forward pass that is given an empty one fills it with its own stream's; for later ones, the stream's
+    `Segments.key_index` counts its P rows first: key row P + t is the stream's row t.
+    """
+
+    def __init__(self):
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def before(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (P + T, K, D) of the prefix and the stream, of k, v (T, K, D)."""
+        if layer == len(self._layers):
+            self._layers.append((k, v))
+            return k, v
+        keys, values = self._layers[layer]
+        return torch.cat((keys, k)), torch.cat((values, v))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: of the GPU (what torch holds in reserve included), or of the machine."""
     if device.type == "cuda":

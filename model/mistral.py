@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from model.attention import Decoding, Segments, attend, attend_cached, attention_ops, choose_backend
 from model.config import ModelConfig
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, Prefix
 
 
 class RMSNorm(nn.Module):
@@ -62,9 +62,11 @@ class Attention(nn.Module):
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None, step: Decoding | None,
-        cache: KVCache | None, slots, positions,
+        cache: KVCache | None, slots, positions, prefix: Prefix | None = None,
     ) -> Tensor:  # fmt: skip
         """What each token takes from those it sees (T, H·D)."""
+        if prefix is not None:
+            k, v = prefix.before(self.layer, k, v)
         if cache is not None:
             cache.write(self.layer, k, v, slots, positions)
         n = 0 if step is None else len(step.lengths)
@@ -197,6 +199,7 @@ class Mistral(nn.Module):
         at: Tensor | None = None,
         targets: Tensor | None = None,
         chunk: int = 256,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Logits, or the log-probabilities of given targets.
 
@@ -210,6 +213,7 @@ class Mistral(nn.Module):
             at: (R,) the rows to predict from; all if absent
             targets: (R,) ids
             chunk: with `targets`, logits exist for this many rows at a time, never as a whole (R, V) tensor
+            prefix: what the whole stream goes on from, where `segments` says so
 
         Returns: logits (R, V), or with `targets` log p(target) (R,) in nats; both fp32.
         """
@@ -219,7 +223,7 @@ class Mistral(nn.Module):
         decoding = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
         step = cache.decoding(positions[:decoding]) if decoding else None
         for block in self.model["layers"]:
-            x = block(x, rope, backend, segments, step, cache, slots, positions)
+            x = block(x, rope, backend, segments, step, cache, slots, positions, prefix)
         if at is not None:
             x = x[at]  # (R, E)
         x = self.model["norm"](x)

@@ -99,6 +99,7 @@ def generate_tokens(
     fixed_slots: bool = False,
     prefill_tokens: int = 2048,
     vocab_limit: int | None = None,
+    stop: Callable[[int, int], bool] | None = None,
 ) -> Iterator[Token]:
     """Answer every prompt, yielding each token as it comes, those of different responses in turn.
 
@@ -119,6 +120,7 @@ def generate_tokens(
             the lone prompts cost
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
         vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
+        stop: is told each token (index, id), those of a response in turn, and says whether the response ends with it
 
     Raises ValueError for an empty prompt, a setting out of range, a slot that free memory does not hold, or logits that
     are not finite at the first prompts.
@@ -222,7 +224,7 @@ def generate_tokens(
         for slot, (token, logp) in enumerate(zip(ids, values), begin):
             sequence = active[slot]
             sequence.tokens += 1
-            last = token == eos_id or sequence.tokens == max_new_tokens
+            last = token == eos_id or sequence.tokens == max_new_tokens or (stop is not None and stop(sequence.index, token))
             if last:
                 ended.append(slot)
             yield Token(sequence.index, token, logp, last)

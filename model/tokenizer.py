@@ -1,6 +1,7 @@
 """Sentencepiece, and the chat templates. Message text never becomes a control token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -59,6 +60,12 @@ class Tokenizer:
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text of ids that follow other text: a blank in front is kept."""
         return self._model.decode([*self._newline, *ids])[1:]
+
+    @cached_property
+    def lone_newlines(self) -> bool:
+        """Whether a line's end is always a token of its own, so that lines may be encoded one by one."""
+        pieces = map(self._model.id_to_piece, range(self.vocab_size))
+        return not any("\n" in piece for piece in pieces if piece != "\n")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `decode_continuation`, piece by piece as ids come, never a part of a character.

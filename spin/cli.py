@@ -22,10 +22,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def parse(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, Recipe]:
-    """The parsed arguments, and the recipe with the overrides applied."""
+def parse(arguments: argparse.ArgumentParser, more: list[str] = []) -> tuple[argparse.Namespace, Recipe]:  # noqa: B006
+    """The parsed arguments, and the recipe with the overrides applied, and `more` of them."""
     known, overrides = arguments.parse_known_args()
-    return known, Recipe(known.config, overrides)
+    return known, Recipe(known.config, overrides + more)
 
 
 def iterations(text: str, base: bool = False) -> list[int]:

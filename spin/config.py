@@ -114,14 +114,19 @@ class SFT(Optimization):
 
 @dataclass(frozen=True)
 class Evaluate:
+    tasks: str = "heldout"  # with commas: heldout, leaderboard, arc_challenge, … (spin/evaluation/tasks.py), mt_bench
+    data: str = _free("data/eval")  # where the benchmarks' data sets are, as `hf download` left them
+    harness: str = "0.4.13"  # the version of lm-evaluation-harness whose numbers are given; the paper's is 0.4.0
     heldout: str = ""  # prompts with right answers, a path like data.path; empty: train.py evaluates nothing
-    limit: int = 0  # the first so many; 0: all
+    limit: int = 0  # the first so many documents of each task; 0: all
     answer_pattern: str = ""  # regular expression whose last match's first group is the answer; empty: the whole text
     max_new_tokens: int = 256
     temperature: float = 1.0  # of the sampled answer; a greedy one is always given too
     seed: int = 1
     dtype: str = "bfloat16"
     slots: int = _free(0)  # as in [generate]
+    token_budget: int = _free(8192)  # tokens scored in one forward pass on each rank
+    logit_chunk: int = _free(256)  # as in [train]
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,11 @@ class Config:
     def base(self) -> Path:
         """Directory of the SFT model, given or made here."""
         return Path(self.model.base) if self.model.base else Path(self.run.dir) / "base" / "model"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the recipe names something to evaluate on."""
+        return bool(self.evaluate.tasks) and not (self.evaluate.tasks == "heldout" and not self.evaluate.heldout)
 
     def iteration_dir(self, iteration: int) -> Path:
         return Path(self.run.dir) / f"iter{iteration}"

@@ -50,7 +50,7 @@ def load_examples(path: str, data: Data, counts: Counter, need_generated: bool =
     FileNotFoundError, or ValueError with file and line for a row that is not as this module's head says.
     """
     examples = []
-    for where, row in _rows(path):
+    for where, row in read_rows(path):
         example = parse_row(row, data, where, need_generated)
         try:
             "".join([*(turn["content"] for turn in example.prompt), example.real, example.generated or ""]).encode()
@@ -70,7 +70,7 @@ def load_examples(path: str, data: Data, counts: Counter, need_generated: bool =
 
 def load_generated(directory: Path, data: Data) -> list[Example]:
     """The pairs that this code's opponent left in `directory`; its empty responses are its own, and stay."""
-    return [parse_row(row, data, where, need_generated=True) for where, row in _rows(str(directory))]
+    return [parse_row(row, data, where, need_generated=True) for where, row in read_rows(str(directory))]
 
 
 def parse_row(row: dict, data: Data, where: str, need_generated: bool = False) -> Example:
@@ -180,7 +180,7 @@ def data_files(path: str) -> list[Path]:
     return sorted(files)
 
 
-def _rows(path: str) -> Iterator[tuple[str, dict]]:
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     for file in data_files(path):
         if file.suffix == ".parquet":
             yield from _parquet_rows(file)

@@ -30,7 +30,7 @@ from spin.card import model_card
 from spin.config import Config, Optimization, Recipe, differences, read_toml, to_toml
 from spin.data import Example, choose, digest, load_examples, real_only, tokenize
 from spin.distributed import Ranks, sharded_model, this_device
-from spin.evaluation.heldout import evaluate_heldout, load_heldout
+from spin.evaluation.runner import evaluate, load_tasks
 from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
 from spin.metrics import check_tensorboard
 from spin.opponent import generate_pairs, generation_settings, score, verified_pairs
@@ -51,15 +51,14 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         if (config.data, config.evaluate) not in read:
             read.add((config.data, config.evaluate))
             load_own_examples(config, Counter())
-            if config.evaluate.heldout:
-                load_heldout(config, Counter())
+            load_tasks(config)
         directory, opponent = config.iteration_dir(n), config.model_dir(n - 1)
         _same_settings(directory, config, _sections(config))
         if _generates(config) and (directory / "generated").is_dir() and not (directory / "model").is_dir():
             verified_pairs(directory / "generated", config.data)
         if opponent.is_dir():
             architecture = ModelConfig.from_pretrained(opponent)
-            used = (config.train, config.generate, *([config.evaluate] if config.evaluate.heldout else []))
+            used = (config.train, config.generate, *([config.evaluate] if config.evaluates else []))
             check_model(opponent, config, used)
         elif n == 0 and not config.model.base:
             source, _, _ = base_source(config)
@@ -214,16 +213,10 @@ def opponent_logps(
         return torch.stack([stored.get_tensor("real"), stored.get_tensor("generated")], dim=1)
 
 
-def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
-    """Stage evaluate for iteration n, -1 for the base: the held-out file, where the recipe names one.
-
-    Returns whether there was something to do.
-    """
+def evaluate_model(config: Config, n: int, ranks: Ranks, tasks: list | None = None) -> bool:
+    """Stage evaluate for iteration n, -1 for the base: the recipe's tasks. Returns whether there was something to do."""
     directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
-    missing = ranks.from_first(lambda: not (directory / "evaluation").is_dir())
-    if config.evaluate.heldout:
-        evaluate_heldout(config, config.model_dir(n), directory / "evaluation", ranks)
-    return missing and bool(config.evaluate.heldout)
+    return config.evaluates and evaluate(config, config.model_dir(n), directory / "evaluation", ranks, tasks)[1]
 
 
 def load_own_examples(config: Config, counts: Counter) -> list[Example]:

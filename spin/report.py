@@ -56,7 +56,8 @@ def models(run: Path) -> dict[str, Path]:
 def evaluations(run: Path) -> dict[str, dict]:
     """{model: its held-out metrics}, of the models that have been evaluated."""
     files = {name: directory / "evaluation" / "summary.json" for name, directory in models(run).items()}
-    return {name: read_json(file)["tasks"]["heldout"] for name, file in files.items() if file.is_file()}
+    found = {name: read_json(file)["tasks"] for name, file in files.items() if file.is_file()}
+    return {name: tasks["heldout"] for name, tasks in found.items() if "heldout" in tasks}
 
 
 def metrics(run: Path) -> dict[str, list[dict]]:

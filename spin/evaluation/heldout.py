@@ -1,107 +1,88 @@
 """Exact match and log-likelihood on a held-out file of one's own: prompts with right answers."""
 
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from model.mistral import Mistral
-from model.sampler import generate_stream
-from model.tokenizer import Tokenizer
-from model.weights import fingerprint, load_model
 from spin.config import Config
-from spin.data import Example, digest, encode_prompts, load_examples, real_only, tokenize
-from spin.distributed import Ranks
-from spin.files import read_json, to_json, whole_directory
+from spin.data import data_files, digest, encode_prompts, load_examples, real_only, tokenize
+from spin.evaluation.engine import Engine
+from spin.evaluation.statistics import mean_and_stderr
 from spin.logps import response_logps
 from spin.packing import flops, micro_batches, pack
 
 
-def load_heldout(config: Config, counts: Counter) -> list[Example]:
-    """The documents; dropped ones are counted.
+class Heldout:
+    """Every prompt is answered greedily and by sampling, and the right answer scored.
 
-    Raises ValueError or OSError for a file that can't be read, or for a pattern that has not one group.
+    A row has doc, prompt, text (greedy), sampled, prediction, target, exact_match, exact_match_sampled and logp (of the
+    right answer, nats). Raises ValueError or OSError for a file that can't be read, or for a pattern that has not one group.
     """
-    pattern = config.evaluate.answer_pattern
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
-    if pattern and groups != 1:
-        raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
-    examples = real_only(load_examples(config.evaluate.heldout, config.data, counts))
-    return examples[: config.evaluate.limit or None]
 
+    name = "heldout"
 
-def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> dict:
-    """Answer every document greedily and by sampling, score the right answer, and leave `directory`.
+    def __init__(self, config: Config):
+        self.config, self.dropped, self.cut = config, Counter(), Counter()
+        pattern = config.evaluate.answer_pattern
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
+        if pattern and groups != 1:
+            raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
+        examples = real_only(load_examples(config.evaluate.heldout, config.data, self.dropped))
+        self.examples = examples[: config.evaluate.limit or None]
 
-    heldout.jsonl has one object per document: doc, text (greedy), sampled, prediction, target, exact_match,
-    exact_match_sampled, logp (of the right answer, nats). summary.json has means and standard errors, and how many
-    documents were dropped, prompts cut for sampling and right answers cut for scoring. A finished evaluation of the
-    same model under the same settings is kept; of another one, refused. Returns the summary.
-    """
-    settings, dropped, counts = config.evaluate, Counter(), Counter()
-    examples = load_heldout(config, dropped)
-    keys = ("limit", "answer_pattern", "max_new_tokens", "temperature", "seed", "dtype")
-    origin = {
-        "model": ranks.from_first(lambda: fingerprint(model_dir)),
-        "documents": digest(examples),
-        "template": config.train.template,
-        "lengths": [config.data.max_length, config.data.max_prompt_length],
-        **{key: getattr(settings, key) for key in keys},
-    }
-    summary_file = directory / "summary.json"
-    if ranks.from_first(summary_file.is_file):
-        summary = read_json(summary_file)
-        changed = [key for key in origin if summary["origin"].get(key) != origin[key]]
-        if changed:
-            raise ValueError(f"{directory}: made with another {', '.join(changed)}; remove it to evaluate again")
-        return summary
-    if ranks.from_first(directory.exists):
-        raise ValueError(f"{directory}: exists and is no evaluation; choose another directory, or remove it")
+    @staticmethod
+    def missing(config: Config) -> str:
+        """What is not there; empty if all is."""
+        if not config.evaluate.heldout:
+            return "evaluate.heldout is not set: prompts with right answers, a path like data.path"
+        try:
+            data_files(config.evaluate.heldout)
+        except FileNotFoundError as error:
+            return f"evaluate.heldout: {error}"
+        return ""
 
-    tokenizer = Tokenizer(model_dir)
-    mine = range(len(examples))[ranks.rank :: ranks.world_size]
-    model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
-    prompts = encode_prompts([examples[i] for i in mine], tokenizer, config.train.template, config.data, counts)
-    bar = ranks.progress(2 * len(mine), f"evaluate {directory.parent.name}", "answer")
+    def __len__(self) -> int:
+        return len(self.examples)
 
-    def answers(temperature: float) -> list[str]:
-        texts = [""] * len(mine)
-        stream = generate_stream(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=temperature,
-            seed=settings.seed,
-            eos_id=tokenizer.eos_id,
-            streams=mine,
-            slots=settings.slots,
-            memory=ranks.free_memory(),
-            vocab_limit=tokenizer.vocab_size,
-        )
-        for response in stream:
-            texts[response.index] = tokenizer.decode_continuation(response.ids)
-            bar.update()
-        return texts
+    def origin(self) -> dict:
+        settings = self.config.evaluate
+        return {
+            "documents": digest(self.examples),
+            "template": self.config.train.template,
+            "lengths": [self.config.data.max_length, self.config.data.max_prompt_length],
+            **{key: getattr(settings, key) for key in ("answer_pattern", "max_new_tokens", "temperature", "seed")},
+        }
 
-    greedy, sampled = answers(0.0), answers(settings.temperature)
-    bar.close()
-    scored: Counter = Counter()
-    logps = answer_logps(config, model, tokenizer, [examples[i] for i in mine], scored)
-    rows = []
-    for place, i in enumerate(mine):
-        target = extract(examples[i].real, settings.answer_pattern)
-        prediction = extract(greedy[place], settings.answer_pattern)
-        rows.append(
-            {
-                "doc": i,
-                "prompt": examples[i].question,
+    def cost(self, doc: int) -> float:
+        return len(self.examples[doc].question) / 3.5 + 8 * self.config.evaluate.max_new_tokens
+
+    def answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        settings, examples, counts = self.config.evaluate, [self.examples[doc] for doc in docs], Counter()
+        template, data = self.config.train.template, self.config.data
+        prompts = encode_prompts(examples, engine.tokenizer, template, data, counts)
+
+        def texts(temperature: float) -> list[str]:
+            result = [""] * len(docs)
+            stream = engine.generate(
+                prompts, max_new_tokens=settings.max_new_tokens, temperature=temperature, seed=settings.seed, streams=docs
+            )
+            for response in stream:
+                result[response.index] = engine.tokenizer.decode_continuation(response.ids)
+                engine.tick(self.cost(docs[response.index]) / 2)
+            return result
+
+        greedy, sampled, logps, cut = texts(0.0), texts(settings.temperature), *self._logps(engine, examples)
+        for place, doc in enumerate(docs):
+            target = extract(examples[place].real, settings.answer_pattern)
+            prediction = extract(greedy[place], settings.answer_pattern)
+            yield {
+                "doc": doc,
+                "prompt": examples[place].question,
                 "text": greedy[place],
                 "sampled": sampled[place],
                 "prediction": prediction,
@@ -109,38 +90,30 @@ def evaluate_heldout(config: Config, model_dir: Path, directory: Path, ranks: Ra
                 "exact_match": int(prediction == target),
                 "exact_match_sampled": int(extract(sampled[place], settings.answer_pattern) == target),
                 "logp": logps[place],
+                "prompt_cut": len(engine.tokenizer.encode_prompt(examples[place].prompt, template)) > len(prompts[place]),
+                "answer_cut": cut[place],
             }
-        )
-    rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda row: row["doc"])
-    metrics: dict[str, float] = {}
-    for name in ("exact_match", "exact_match_sampled", "logp"):
-        metrics[name], metrics[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
-    prompts_cut, answers_cut = ranks.sum([counts["prompts cut at the left"], scored["responses cut"]])
-    cut = {"dropped": dropped.total(), "prompts_cut": int(prompts_cut), "answers_cut": int(answers_cut)}
-    task = {**metrics, "documents": len(rows), "few_shot": 0, "harness": "own", **cut}
-    summary = {"origin": origin, "tasks": {"heldout": task}}
-    if ranks.first:
-        with whole_directory(directory) as partial:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (partial / "heldout.jsonl").write_text(lines, encoding="utf-8")
-            (partial / "summary.json").write_text(to_json(summary))
-    ranks.barrier()
-    return summary
 
+    @torch.inference_mode()
+    def _logps(self, engine: Engine, examples: Sequence) -> tuple[list[float], list[bool]]:
+        """log p(right answer | prompt) of each example, in nats, and whether the answer was cut."""
+        settings, eos = self.config.evaluate, engine.tokenizer.eos_id
+        items = tokenize(examples, engine.tokenizer, self.config.train.template, self.config.data, Counter())
+        lengths = [item.packed_length for item in items]
+        (plan,) = micro_batches(lengths, [flops(engine.model.config, item) for item in items], 1, settings.token_budget)
+        logps = torch.zeros(len(items))
+        for places in plan:
+            packed = pack([items[i] for i in places]).to(engine.ranks.device)
+            logps[places] = response_logps(engine.model, packed, settings.logit_chunk).cpu()
+        return logps.tolist(), [item.responses[0][-1] != eos for item in items]
 
-@torch.inference_mode()
-def answer_logps(
-    config: Config, model: Mistral, tokenizer: Tokenizer, examples: Sequence[Example], counts: Counter
-) -> list[float]:
-    """log p(right answer | prompt) of each example, in nats, on one replica."""
-    items = tokenize(examples, tokenizer, config.train.template, config.data, counts)
-    lengths = [item.packed_length for item in items]
-    (plan,) = micro_batches(lengths, [flops(model.config, item) for item in items], 1, config.train.token_budget)
-    logps = torch.zeros(len(items))
-    for places in plan:
-        packed = pack([items[i] for i in places]).to(next(model.parameters()).device)
-        logps[places] = response_logps(model, packed, config.train.logit_chunk).cpu()
-    return logps.tolist()
+    def summary(self, rows: Sequence[dict]) -> dict:
+        """With how many documents were dropped, prompts cut for sampling and right answers cut for scoring."""
+        result: dict = {}
+        for name in ("exact_match", "exact_match_sampled", "logp"):
+            result[name], result[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
+        cut = {f"{what}s_cut": sum(row[f"{what}_cut"] for row in rows) for what in ("prompt", "answer")}
+        return result | {"documents": len(rows), "few_shot": 0, "harness": "own", "dropped": self.dropped.total()} | cut
 
 
 def extract(text: str, pattern: str) -> str | None:
@@ -149,12 +122,3 @@ def extract(text: str, pattern: str) -> str | None:
         return text.strip()
     found = re.findall(pattern, text)
     return found[-1].strip() if found else None
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the standard error from the sample's standard deviation (n - 1), as lm-evaluation-harness has it."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))

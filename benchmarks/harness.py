@@ -1,0 +1,108 @@
+"""lm-evaluation-harness, offline, on folders as `hf download` leaves them: what the evaluator is compared with."""
+
+import json
+from pathlib import Path
+
+from spin.evaluation.tasks import BENCHMARKS, GSM8K
+
+STOCK = {  # the harness's own task files; MMLU's and BIG-bench's are found by their names
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "truthfulqa_mc1": "truthfulqa/truthfulqa_mc1.yaml",
+    "truthfulqa_mc2": "truthfulqa/truthfulqa_mc2.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+}
+
+
+def stock_file(name: str) -> str:
+    if name.startswith("mmlu_"):
+        return f"mmlu/default/{name}.yaml"
+    return STOCK.get(name) or f"bigbench/multiple_choice/{name.removeprefix('bigbench_')}.yaml"
+
+
+def write_tokenizer_json(model_dir: Path) -> None:
+    """tokenizer.json from a directory's tokenizer.model, as transformers 4 converted Llama's.
+
+    transformers 5, given the sentencepiece model alone, puts no blank in front of a text.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+
+    model = SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces):
+        halves = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids]
+        merges += [(-model.get_score(i), ids[a], ids[b], (a, b)) for a, b in halves if not model.is_control(i)]
+    merges = [pair for *_, pair in sorted(merges, key=lambda merge: merge[:3])]
+    tokenizer = Tokenizer(BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", model.bos_id())])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(model_dir / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(settings | {"clean_up_tokenization_spaces": False}))
+
+
+def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False) -> None:
+    """Task files that read `data` and else are the stock ones; `paper`: changed to what 0.4.0 did."""
+    import lm_eval
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        task = BENCHMARKS[name]
+        found = {split: task.source.files(data, split) for split in ("train", "validation", "test", "dev", "default")}
+        files = {split: [str(file.resolve()) for file in of_split] for split, of_split in found.items() if of_split}
+        kind = {Path(file).suffix for of_split in files.values() for file in of_split}
+        lines = {
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / stock_file(name)),
+            "task": f"own_{name}",
+            "dataset_path": "parquet" if kind == {".parquet"} else "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files},
+            "tag": None,
+        }
+        if "train" not in files:
+            lines["training_split"] = None
+        if isinstance(task, GSM8K) and paper:
+            lines["generation_kwargs"] = {"until": task.stops("0.4.0"), "do_sample": False, "temperature": 0.0}
+            strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
+            lines["filter_list"] = [{"name": "strict-match", "filter": [strict, {"function": "take_first"}]}]
+            ignored = [",", "\\$", "(?s).*#### "]
+            lines["metric_list"] = [
+                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
+                 "ignore_punctuation": False, "regexes_to_ignore": ignored}
+            ]  # fmt: skip
+        (folder / f"{name}.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items()))
+
+
+def run_harness(
+    model_dir: Path, names: list[str], data: Path, folder: Path, paper: bool = False, limit: int | None = None,
+    dtype: str = "float32", batch_size: int | str = 8, model=None,
+) -> dict:  # fmt: skip
+    """simple_evaluate's result, {"results", "samples", …}, with the tasks' own names."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    write_tasks(names, data, folder, paper)
+    few_shot = lambda name: 0 if paper and name == "winogrande" else BENCHMARKS[name].few_shot  # noqa: E731
+    if model is None:
+        model = HFLM(
+            str(model_dir), dtype=dtype, batch_size=batch_size, device="cpu", add_bos_token=False if paper else None
+        )
+    manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
+    for name in names:
+        got = simple_evaluate(
+            model, tasks=[f"own_{name}"], num_fewshot=few_shot(name), limit=limit, log_samples=True, bootstrap_iters=0,
+            task_manager=manager,
+        )  # fmt: skip
+        results[name], samples[name] = got["results"][f"own_{name}"], got["samples"][f"own_{name}"]
+    return {"results": results, "samples": samples}

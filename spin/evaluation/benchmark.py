@@ -1,0 +1,99 @@
+"""A benchmark's documents, put to the model: choices scored, or answers generated."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from model.tokenizer import Tokenizer
+from spin.evaluation.engine import Engine
+from spin.evaluation.scoring import Request, loglikelihoods, text_hash
+from spin.evaluation.tasks import Documents, MultipleChoice, summarise
+
+SLICE = 1024  # documents whose ids are in memory at a time
+
+
+class Benchmark:
+    """One of spin/evaluation/tasks.py."""
+
+    def __init__(self, documents: Documents):
+        self.documents, self.task, self.name = documents, documents.task, documents.task.name
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def origin(self) -> dict:
+        return {"data": self.documents.digest, "harness": self.documents.harness}
+
+    def cost(self, doc: int) -> float:
+        question, before = self.documents.questions[doc], len(self.documents.examples[doc])
+        if not isinstance(self.task, MultipleChoice):
+            return (before + len(question[0])) / 3.5 + 4 * self.task.max_new_tokens
+        shared = self.task.first or not self.documents.few_shot
+        return ((0 if shared else before) + len(question.texts[0]) + sum(map(len, question.choices))) / 3.5
+
+    def answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        by = self._scored if isinstance(self.task, MultipleChoice) else self._generated
+        for start in range(0, len(docs), SLICE):
+            yield from by(engine, docs[start : start + SLICE])
+
+    def _scored(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        settings, harness = engine.config.evaluate, self.documents.harness
+        requests: list[list[Request]] = []
+        about: list[dict] = []
+        for doc in docs:
+            question, before = self.documents.questions[doc], self.documents.examples[doc]
+            contexts = [before + text for text in question.texts]
+            pairs = [
+                engine.encoder.request(context, " " + choice, engine.max_length, self.documents.where[doc])
+                for context, choice in zip(contexts, question.choices)
+            ]
+            requests.append([request for request, _ in pairs])
+            asked = text_hash([*contexts, *question.choices])
+            about.append({"doc": doc, "hash": asked, "truncated": any(cut for _, cut in pairs)})
+        for place, scores in loglikelihoods(engine.model, requests, settings.token_budget, settings.logit_chunk):
+            doc = docs[place]
+            if not torch.tensor(scores).isfinite().all():
+                raise ValueError(f"{self.documents.where[doc]}: scores that are not finite; are the weights damaged?")
+            yield about[place] | self.task.measured(self.documents.questions[doc], scores, harness)
+            engine.tick(self.cost(doc))
+
+    def _generated(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        harness, most = self.documents.harness, engine.max_length - self.task.max_new_tokens
+        if most < 1:
+            raise ValueError(f"{self.name}: the model reads {engine.max_length} tokens: no room for an answer")
+        asked = [self.documents.examples[doc] + self.documents.questions[doc][0] for doc in docs]
+        prompts = [engine.encoder.encode(text) for text in asked]
+        stops = self.task.stops(harness)
+        stream = engine.generate(
+            [prompt[-most:] for prompt in prompts], max_new_tokens=self.task.max_new_tokens,
+            stop=StopStrings(engine.tokenizer, stops),
+        )  # fmt: skip
+        for response in stream:
+            doc = docs[response.index]
+            text = engine.tokenizer.decode(response.ids)
+            for stop in [*stops, "</s>"]:
+                text = text.split(stop)[0]
+            about = {"doc": doc, "hash": text_hash([asked[response.index]]), "truncated": len(prompts[response.index]) > most}
+            yield about | self.task.measured(self.documents.questions[doc][1], text, harness)
+            engine.tick(self.cost(doc))
+
+    def summary(self, rows: Sequence[dict]) -> dict:
+        result = summarise(self.task, rows) | {"documents": len(rows), "few_shot": self.documents.few_shot}
+        result |= {"harness": self.documents.harness, "truncated": sum(row["truncated"] for row in rows)}
+        if isinstance(self.task, MultipleChoice):
+            result["empty_choices"] = sum(not choice for q in self.documents.questions for choice in q.choices)
+        return result
+
+
+class StopStrings:
+    """Whether a response has come to one of some strings, told each of its tokens in turn."""
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        self.tokenizer, self.strings = tokenizer, strings
+        self.reach = max(len(string.encode()) for string in strings)  # a token has at least a byte
+        self.tails: dict[int, list[int]] = {}
+
+    def __call__(self, index: int, token: int) -> bool:
+        tail = self.tails[index] = [*self.tails.get(index, []), token][-self.reach :]
+        text = self.tokenizer.decode_continuation(tail)
+        return any(string in text for string in self.strings)
