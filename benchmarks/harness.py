@@ -106,3 +106,93 @@ def run_harness(
         )  # fmt: skip
         results[name], samples[name] = got["results"][f"own_{name}"], got["samples"][f"own_{name}"]
     return {"results": results, "samples": samples}
+
+
+WORDS = """water light stone river garden window market teacher winter doctor engine forest bottle letter machine animal summer
+planet silver button morning kitchen number picture history music island student energy animal the a of to and in is
+was that it for with as at by from not are were this have had which one two three she he they we you""".split()
+
+
+def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
+    """Small data sets in the Hub's folders, of random words, with what real ones have that is awkward.
+
+    Double blanks, blanks at the ends, markup, labels that are numbers, other scripts, an empty ending, a document that
+    stands among the examples as well, numbers in every form that an answer takes.
+    """
+    import random
+
+    rng = random.Random(seed)
+    awkward = ["naïve café", "ﬁne  print", " 50% ", "3.5 km", "“quoted”", "中文", "e=mc²", "a_b", "[step]", "[title]", "\t", "😀"]
+
+    def text(low: int, high: int) -> str:
+        words = rng.choices(WORDS, k=rng.randint(low, high))
+        if rng.random() < 0.4:
+            words.insert(rng.randrange(len(words)), rng.choice(awkward))
+        return " ".join(words)
+
+    def labelled(row: int) -> dict:
+        labels = ["1", "2", "3", "4"] if row % 5 == 4 else ["A", "B", "C", "D", "E"][: 5 if row % 7 == 6 else 4]
+        return {"text": [text(1, 6) for _ in labels], "label": labels}
+
+    def arc(row: int) -> dict:
+        choices = labelled(row)
+        return {"id": f"q{row}", "question": text(5, 20) + "?", "choices": choices, "answerKey": rng.choice(choices["label"])}
+
+    def openbookqa(row: int) -> dict:
+        made = arc(row)
+        return {"question_stem": made["question"] + " " * (row % 3 == 1), "choices": made["choices"], "answerKey": made["answerKey"]}
+
+    def hellaswag(row: int) -> dict:
+        endings = [text(3, 12) + "." for _ in range(4)]
+        if row % 4 == 3:
+            endings[rng.randrange(4)] = rng.choice(["[substeps] " + text(2, 5), "[header]", text(2, 4) + " [title] " + text(2, 4)])
+        return {"ind": row, "activity_label": text(1, 2), "ctx_a": text(5, 15) + ".", "ctx_b": rng.choice(["", text(1, 3)]),
+                "endings": endings, "label": str(rng.randrange(4))}  # fmt: skip
+
+    def winogrande(row: int) -> dict:
+        sentence = f"{text(4, 9)} _ {text(3, 8)}." if row % 5 else f"_ {text(4, 9)}."
+        return {"sentence": sentence, "option1": text(1, 2), "option2": text(1, 2), "answer": rng.choice("12")}
+
+    def truthfulqa(row: int) -> dict:
+        many = rng.randint(2, 7)
+        right = rng.randint(1, many - 1)
+        return {"question": text(5, 12) + "?",
+                "mc1_targets": {"choices": [text(2, 9) for _ in range(many)], "labels": [1] + [0] * (many - 1)},
+                "mc2_targets": {"choices": [text(2, 9) for _ in range(many)], "labels": [1] * right + [0] * (many - right)}}  # fmt: skip
+
+    def mmlu(row: int) -> dict:
+        return {"question": rng.choice(["", " "]) + text(5, 40) + rng.choice(["", "\n"]), "subject": "any",
+                "choices": [text(1, 8) for _ in range(4)], "answer": rng.randrange(4)}  # fmt: skip
+
+    def gsm8k(row: int) -> dict:
+        number = rng.choice(["18", "1,234", "-5", "3.50", "$70", "0"])
+        return {"question": text(10, 30) + "?", "answer": f"{text(5, 15)} <<1+1=2>>2\n{text(3, 9)}\n#### {number}"}
+
+    def bigbench(row: int) -> dict:
+        choices = [text(1, 3), text(1, 3)] if row % 6 != 5 else []
+        inputs = "Q: " + text(8, 25) + "\nA: " * (row % 2)
+        return {"idx": row, "inputs": inputs, "targets": [rng.choice(choices) if choices else "none"],
+                "multiple_choice_targets": choices, "multiple_choice_scores": [0] * len(choices)}  # fmt: skip
+
+    makers = {"arc_challenge": arc, "openbookqa": openbookqa, "hellaswag": hellaswag, "winogrande": winogrande,
+              "truthfulqa_mc1": truthfulqa, "gsm8k": gsm8k}  # fmt: skip
+    makers |= dict.fromkeys(("mmlu_anatomy", "mmlu_sociology", "mmlu_virology"), mmlu)
+    makers |= dict.fromkeys([name for name in BENCHMARKS if name.startswith("bigbench")], bigbench)
+    for name, make in makers.items():
+        source = BENCHMARKS[name].source
+        at = folder / source.repository.split("/")[1] / source.configuration
+        rows = [make(row) for row in range(count)]
+        _write_rows(at / f"{source.split}-00000-of-00001.parquet", rows)
+        if source.examples:
+            pool = [make(row) for row in range(5 if name.startswith("mmlu") else 40)]
+            if name in ("hellaswag", "winogrande"):
+                pool[3], pool[8] = rows[0], rows[0]
+            _write_rows(at / f"{source.examples}-00000-of-00001.parquet", pool)
+
+
+def _write_rows(file: Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
