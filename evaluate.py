@@ -13,8 +13,8 @@ from spin.distributed import ranks
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import evaluate, load_tasks
 from spin.iteration import check_model, evaluate_model, working_on
-from spin.leaderboard import results_table
-from spin.report import table, write_report
+from spin.leaderboard import benchmarks, leaderboard_table, results_table
+from spin.report import asked_report, evaluations, table, write_report
 
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 
@@ -27,6 +27,7 @@ def main() -> None:
     what.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two evaluations, document by document")
     what.add_argument("--report", action="store_true", help="write the run's report from what is there")
     parser.add_argument("--out", type=Path, help="with --model: where the results go")
+    parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="with --report: prompts with this in them")
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
     with cli.errors_in_words():
@@ -38,7 +39,7 @@ def main() -> None:
         arguments, recipe = cli.parse(parser, given)
         config = recipe.at(0)
         if arguments.report:
-            sys.stdout.write(f"{write_report(Path(config.run.dir))}\n")
+            sys.stdout.write(f"{asked_report(Path(config.run.dir), arguments.show)}\n")
             return
         if not config.evaluates:
             raise ValueError(f"{recipe.path}: neither evaluate.tasks nor evaluate.heldout names something to evaluate on")
@@ -66,8 +67,10 @@ def main() -> None:
                 own = recipe.at(max(n, 0))
                 evaluate_model(own, n, group, tasks.get(own.evaluate))
             if group.first:
-                report = write_report(Path(config.run.dir))
-                sys.stdout.write(f"\n{table(Path(config.run.dir))}\n\n{report}: the table with its figures\n")
+                run = Path(config.run.dir)
+                report = write_report(run)
+                tables = [table(run)] * any(evaluations(run)) + [leaderboard_table(found) for found in [benchmarks(run)] if found]
+                sys.stdout.write("\n" + "\n\n".join(tables) + f"\n\n{report}: the tables with their figures\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m benchmarks.evaluate [--data ../shared/data/eval] [--limit 24] [--repeats 3]
 
 About 60M parameters, Mistral's shape and tokenizer, random weights, fp32. Every score, prediction and metric is compared
-first. The reference takes, for each task, the best of some batch sizes, tried on its first documents. Timed is what each side does with
-its documents in memory and its model loaded: encoding, forward passes, generation; ours writes its results too. Peak
-memory is of a process of its own for each side. Without --data, small documents of random words are made.
+first. The reference takes, for each task, the best of some batch sizes, tried on its first documents. Timed is what each
+side does with its documents in memory and its model loaded: encoding, forward passes, generation; ours writes its results
+too. Peak memory is of a process of its own for each side. Without --data, small documents of random words are made.
 
     python -m benchmarks.evaluate --shape 7b --device cuda --data DIR      # ours alone, random weights, bf16
 

@@ -1,6 +1,6 @@
 """All that is to be seen on a GPU, in one go: the tests marked gpu, then each benchmark in its shape for a GPU.
 
-    python -m benchmarks.gpu [--only tests,generate,train] [--out benchmarks/results] [--limit 540]
+    python -m benchmarks.gpu [--only tests,train,evaluate,generate] [--out benchmarks/results] [--limit 540]
 
 What each of them says goes to the terminal, and its last line, one of JSON, to <out>/<name>_gpu.json. One that fails or
 takes longer than the limit does not stop the others; the last line has each one's exit status (124: the limit).
@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "tests": "-m pytest -q -m gpu tests",
     "train": "-m benchmarks.train --shape 7b --pairs 64",
+    "evaluate": "-m benchmarks.evaluate --shape 7b --device cuda --limit 100",
     "generate": "-m benchmarks.generate --shape 7b --device cuda --dtype bfloat16 --slots 64,128,256,512 --prompts 1024 "
     "--reference-prompts 64 --repeats 1",
 }  # fmt: skip

@@ -122,7 +122,8 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
     import random
 
     rng = random.Random(seed)
-    awkward = ["naïve café", "ﬁne  print", " 50% ", "3.5 km", "“quoted”", "中文", "e=mc²", "a_b", "[step]", "[title]", "\t", "😀"]
+    awkward = ["naïve café", "ﬁne  print", " 50% ", "3.5 km", "“quoted”", "中文", "e=mc²", "a_b", "[step]", "[title]"]
+    awkward += ["\t", "😀"]
 
     def text(low: int, high: int) -> str:
         words = rng.choices(WORDS, k=rng.randint(low, high))
@@ -140,12 +141,14 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
 
     def openbookqa(row: int) -> dict:
         made = arc(row)
-        return {"question_stem": made["question"] + " " * (row % 3 == 1), "choices": made["choices"], "answerKey": made["answerKey"]}
+        made["question_stem"] = made.pop("question") + " " * (row % 3 == 1)
+        return made
 
     def hellaswag(row: int) -> dict:
         endings = [text(3, 12) + "." for _ in range(4)]
         if row % 4 == 3:
-            endings[rng.randrange(4)] = rng.choice(["[substeps] " + text(2, 5), "[header]", text(2, 4) + " [title] " + text(2, 4)])
+            marked = ["[substeps] " + text(2, 5), "[header]", text(2, 4) + " [title] " + text(2, 4)]
+            endings[rng.randrange(4)] = rng.choice(marked)
         return {"ind": row, "activity_label": text(1, 2), "ctx_a": text(5, 15) + ".", "ctx_b": rng.choice(["", text(1, 3)]),
                 "endings": endings, "label": str(rng.randrange(4))}  # fmt: skip
 

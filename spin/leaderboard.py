@@ -1,11 +1,246 @@
-"""The paper's tables and figures, beside what a run's evaluations gave."""
+"""The paper's tables and figures, a run's evaluations beside the paper's numbers: whatever there is.
+
+Other models stand beside the run's where they were evaluated into <run>/beside/<name> (evaluate.py --model … --out …).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from spin.evaluation.mt_bench import read_judgments
+from spin.figures import COLORS, HATCHES, MARKERS, pyplot, save
+from spin.files import read_json
+from spin.markdown import markdown
+
+# Task, metric, and the paper's name for it. MMLU's is the mean over subjects, as the leaderboard had it.
+LEADERBOARD = (
+    ("arc_challenge", "acc_norm", "ARC"),
+    ("truthfulqa_mc2", "acc", "TruthfulQA"),
+    ("winogrande", "acc", "Winogrande"),
+    ("gsm8k", "exact_match", "GSM8k"),
+    ("hellaswag", "acc_norm", "HellaSwag"),
+    ("mmlu", "acc_by_subject", "MMLU"),
+)
+OTHERS = (
+    ("openbookqa", "acc_norm"), ("truthfulqa_mc1", "acc"), ("bigbench_causal_judgment", "acc"),
+    ("bigbench_sports_understanding", "acc"), ("bigbench_formal_fallacies_syllogisms_negation", "acc"),
+)  # fmt: skip
+# Percent, in LEADERBOARD's order: arXiv 2401.01335, the table of all iterations.
+PAPER = {
+    "base": (60.41, 43.73, 74.19, 26.76, 82.85, 60.92),
+    "iteration 0": (63.40, 49.18, 72.69, 35.10, 84.38, 60.03),
+    "iteration 1": (65.19, 55.17, 72.30, 35.78, 84.96, 59.34),
+    "iteration 2": (65.96, 54.91, 73.56, 38.06, 85.41, 59.93),
+    "iteration 3": (65.87, 54.90, 73.72, 38.97, 85.54, 59.99),
+}
 
 
 def results_table(summary: dict) -> str:
     """Markdown: the metrics of one evaluation, with standard errors."""
-    lines = ["| task | metric | value | standard error | documents | few-shot | harness |", "|---|---|---|---|---|---|---|"]
+    rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness"]]
     for name, task in summary["tasks"].items():
         for metric in (key.removesuffix("_stderr") for key in task if key.endswith("_stderr")):
             values = [f"{task[metric]:.4f}", f"{task[f'{metric}_stderr']:.4f}", str(task["documents"])]
-            lines.append(f"| {name} | {metric} | {' | '.join(values)} | {task['few_shot']} | {task['harness']} |")
-    return "\n".join(lines)
+            rows.append([name, metric, *values, str(task["few_shot"]), task["harness"]])
+    return markdown(rows)
+
+
+def benchmarks(run: Path) -> dict[str, dict]:
+    """{model: its tasks} of the base, the iterations and the models beside them that have benchmarks' results."""
+    directories = {"base": run / "base/evaluation"}
+    directories |= {f"iteration {n}": run / f"iter{n}/evaluation" for n in range(len(list(run.glob("iter*"))))}
+    directories |= {directory.name: directory for directory in sorted((run / "beside").glob("*"))}
+    files = {name: directory / "summary.json" for name, directory in directories.items()}
+    tasks = {name: read_json(file)["tasks"] for name, file in files.items() if file.is_file()}
+    return {name: found for name, found in tasks.items() if set(found) - {"heldout"}}
+
+
+def scores(tasks: dict) -> list[float | None]:
+    """Percent on the leaderboard's six, in its order; None where there is none."""
+    return [100 * tasks[task][metric] if task in tasks else None for task, metric, _ in LEADERBOARD]
+
+
+def section(run: Path) -> list[str]:
+    """The report's paragraphs about benchmarks, with the figures written; none if there are no results."""
+    found = benchmarks(run)
+    if not found:
+        return []
+    parts = ["## Benchmarks\n", leaderboard_table(found) + "\n", notes(found) + "\n"]
+    if any(value is not None for tasks in found.values() for value in scores(tasks)):
+        parts += [f"![average by iteration]({plot_average(run, found).name})\n"]
+        parts += [f"![tasks by iteration]({plot_tasks(run, found).name})\n"]
+        if radar := plot_radar(run, found):
+            parts += [f"![beside other models]({radar.name})\n"]
+    if others := other_table(found):
+        parts += [others + "\n"]
+    if judged := judged_table(run, found):
+        parts += ["### MT-Bench\n", judged + "\n"]
+    return parts
+
+
+def leaderboard_table(found: dict[str, dict]) -> str:
+    """Markdown: percent with standard errors; under each model of the paper's its numbers and the difference."""
+    rows = [["model", *(name for _, _, name in LEADERBOARD), "average"]]
+    for model, tasks in found.items():
+        ours = scores(tasks)
+        errors = [tasks.get(task, {}).get(f"{metric}_stderr") for task, metric, _ in LEADERBOARD]
+        cells = ["" if value is None else _with_error(value, error) for value, error in zip(ours, errors)]
+        rows.append([shown(model), *cells, _percent(_average(ours))])
+        if model in PAPER:
+            theirs = [*PAPER[model], _average(PAPER[model])]
+            rows.append(["— the paper", *map(_percent, theirs)])
+            differences = ["" if a is None else f"{a - b:+.2f}" for a, b in zip([*ours, _average(ours)], theirs)]
+            rows.append(["— difference", *differences])
+    return markdown(rows)
+
+
+def notes(found: dict[str, dict]) -> str:
+    """What a reader must know of the numbers."""
+    tasks = [task for of_model in found.values() for task in of_model.values()]
+    harness = sorted({task["harness"] for task in tasks if task["harness"][0].isdigit()})
+    as_what = f"; scored as lm-evaluation-harness {' and '.join(harness)} does" if harness else ""
+    lines = [f"Percent ± one standard error{as_what}."]
+    mmlu = next((of_model["mmlu"] for of_model in found.values() if "mmlu" in of_model), None)
+    if mmlu and mmlu["subjects"] < mmlu["of_subjects"]:
+        lines.append(f"MMLU: {mmlu['subjects']} of its {mmlu['of_subjects']} subjects.")
+    names = [name for name, *_ in LEADERBOARD]
+    sizes = {name: of_model[name]["documents"] for of_model in found.values() for name in names if name in of_model}
+    if sizes:
+        lines.append("Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + ".")
+    for what, words in (("truncated", "contexts cut at the left"), ("empty_choices", "empty choices")):
+        most = {name: task[what] for of_model in found.values() for name, task in of_model.items() if task.get(what)}
+        most = {name: count for name, count in most.items() if not name.startswith("mmlu_")}
+        if most:
+            lines.append(f"{words[0].upper() + words[1:]}: " + ", ".join(f"{name} {count}" for name, count in most.items()) + ".")
+    return " ".join(lines)
+
+
+def other_table(found: dict[str, dict]) -> str:
+    """Markdown: the tasks beside the leaderboard's, MMLU's groups among them; empty if there are none."""
+    columns = [*OTHERS, *((f"mmlu_{group}", "acc") for group in ("stem", "humanities", "social_sciences", "other"))]
+    columns = [(task, metric) for task, metric in columns if any(task in tasks for tasks in found.values())]
+    if not columns:
+        return ""
+    rows = [["model", *(f"{task} {metric}" for task, metric in columns)]]
+    for model, tasks in found.items():
+        cells = [
+            _with_error(100 * tasks[task][metric], tasks[task].get(f"{metric}_stderr")) if task in tasks else ""
+            for task, metric in columns
+        ]
+        rows.append([shown(model), *cells])
+    return markdown(rows)
+
+
+def judged_table(run: Path, found: dict[str, dict]) -> str:
+    """Markdown: MT-Bench's scores from the judge's files in <run>/mt_bench_judgment; empty without answers."""
+    answered = {model: tasks["mt_bench"] for model, tasks in found.items() if "mt_bench" in tasks}
+    if not answered:
+        return ""
+    judged = read_judgments(run / "mt_bench_judgment")
+    rows = [["model", "turn 1", "turn 2", "average"]]
+    for model, task in answered.items():
+        of_model = judged.get(task["model_id"], {})
+        rows.append([shown(model), *(f"{of_model[key]:.2f}" if key in of_model else "" for key in rows[0][1:])])
+    note = "The paper: 5.94 for the SFT model, 6.78 after SPIN."
+    if len(judged) < len(answered):
+        note += " Without a score: answered, but no verdict of the judge in mt_bench_judgment/."
+    return f"{markdown(rows)}\n\n{note}"
+
+
+def plot_average(run: Path, found: dict[str, dict]) -> Path:
+    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours has."""
+    plt = pyplot()
+    own = {model: scores(tasks) for model, tasks in found.items() if model in PAPER or model.startswith("iteration")}
+    common = [i for i in range(len(LEADERBOARD)) if own and all(values[i] is not None for values in own.values())]
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    places = [*PAPER, *(model for model in own if model not in PAPER)]
+    if common:
+        for values_of, label, style, which in ((own, "this run", "-", 0), (PAPER, "the paper", "--", 1)):
+            at = [places.index(model) for model in values_of]
+            means = [sum(values[i] for i in common) / len(common) for values in values_of.values()]
+            axes.plot(at, means, style, color=COLORS[which], marker=MARKERS[which], label=label)
+            for x, y in zip(at, means):
+                axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        axes.legend(frameon=False)
+    axes.set_xticks(range(len(places)), [shown(model) for model in places])
+    names = ", ".join(LEADERBOARD[i][2] for i in common) or "no task that all models have"
+    names = "the six tasks" if len(common) == len(LEADERBOARD) else names
+    axes.set_title(f"Average by iteration: {names}", fontsize=11)
+    axes.set_ylabel("percent")
+    axes.margins(y=0.15)
+    axes.grid(axis="y", alpha=0.3)
+    return save(plt, figure, run / "average.png")
+
+
+def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
+    """tasks.png: bars by iteration for each task, one standard error on them, the paper's numbers as ticks."""
+    plt = pyplot()
+    figure, grid = plt.subplots(2, 3, figsize=(11, 6.4))
+    for i, (axes, (task, metric, name)) in enumerate(zip(grid.flat, LEADERBOARD)):
+        there = {model: tasks[task] for model, tasks in found.items() if task in tasks}
+        for x, (model, values) in enumerate(there.items()):
+            place = list(found).index(model)
+            error = values.get(f"{metric}_stderr")
+            axes.bar(
+                x, 100 * values[metric], color=COLORS[place % len(COLORS)], hatch=HATCHES[place % len(HATCHES)],
+                edgecolor="white", yerr=100 * error if error is not None and not math.isnan(error) else None, capsize=3,
+            )  # fmt: skip
+            if model in PAPER:
+                axes.plot([x - 0.45, x + 0.45], [PAPER[model][i]] * 2, color="black", linewidth=1.6)
+        axes.set_xticks(range(len(there)), [_short(model) for model in there], fontsize=9)
+        values = [100 * of[metric] for of in there.values()] + [PAPER[model][i] for model in there if model in PAPER]
+        if values:
+            span = max(values) - min(values)
+            axes.set_ylim(max(0, min(values) - 0.5 * span - 2), max(values) + 0.3 * span + 2)
+        axes.set_title(f"{name}, percent", fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    title = "Tasks by iteration (black lines: the paper's numbers; whiskers: one standard error; axes do not start at 0)"
+    figure.suptitle(title, fontsize=10)
+    return save(plt, figure, run / "tasks.png")
+
+
+def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
+    """radar.png: the base, the last iteration and the models beside the run; None where fewer than three tasks or two models."""
+    own = [model for model in found if model in PAPER or model.startswith("iteration")]
+    models = list(dict.fromkeys([*own[:1], *own[-1:], *(model for model in found if model not in own)]))
+    common = [i for i in range(len(LEADERBOARD)) if all(scores(found[model])[i] is not None for model in models)]
+    if len(common) < 3 or len(models) < 2:
+        return None
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * k / len(common) for k in range(len(common))]
+    lowest = min(scores(found[model])[i] for model in models for i in common)
+    for place, model in enumerate(models):
+        values = [scores(found[model])[i] for i in common]
+        axes.plot(
+            [*angles, angles[0]], [*values, values[0]], color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)],
+            linestyle=("-", "--", "-.", ":")[place % 4], label=shown(model),
+        )  # fmt: skip
+    axes.set_xticks(angles, [LEADERBOARD[i][2] for i in common])
+    axes.tick_params(axis="x", pad=14)
+    axes.set_ylim(max(0, 10 * math.floor(lowest / 10 - 0.5)), None)
+    axes.set_title("Percent by task", fontsize=11, pad=22)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.08, 1.08))
+    return save(plt, figure, run / "radar.png")
+
+
+def shown(model: str) -> str:
+    """A model's name for people."""
+    return "SFT model" if model == "base" else model
+
+
+def _short(model: str) -> str:
+    return "SFT" if model == "base" else model.replace("iteration ", "iter. ")
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else sum(values) / len(values)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.2f}" if error is None or math.isnan(error) else f"{value:.2f} ± {100 * error:.2f}"

@@ -8,17 +8,21 @@ A run in <run>/control (the same recipe with --train.objective=sft) stands besid
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from spin import cli
-from spin.config import Config, flat, read_toml
+from spin.config import Config, Data, flat, read_toml
+from spin.data import load_generated
+from spin.figures import BLUE, GREEN, GREY, ORANGE, pyplot, save
 from spin.files import read_json, write_whole
+from spin.leaderboard import benchmarks, section, shown
 from spin.loss import initial_loss
+from spin.markdown import markdown, marked
 from spin.metrics import read_log
 
-# Okabe and Ito's colours, told apart by the colour-blind; line styles and markers tell them apart in print.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 SHOWN_PROMPTS = 10
+SHOWN_SAMPLES = 3
 METRICS = {
     "exact_match_sampled": "right when sampled",
     "exact_match": "right when greedy",
@@ -26,9 +30,12 @@ METRICS = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write <run>/report.md and its figures; returns the report's path."""
-    parts = [f"# {run}\n"]
+def write_report(run: Path, show: Sequence[str] = ()) -> Path:
+    """Write <run>/report.md and its figures; returns the report's path.
+
+    `show`: texts; prompts that contain one of them are shown with what each opponent wrote. Raises ValueError if none does.
+    """
+    parts = [f"# {run}\n", *section(run)]
     if any(evaluations(run)):
         parts += ["## Held-out answers\n", table(run) + "\n"]
         documents = next(iter(evaluations(run).values()))["documents"]
@@ -38,9 +45,18 @@ def write_report(run: Path) -> Path:
         parts += ["## Training\n", training_table(run) + "\n", f"![training curves]({plot_training(run).name})\n"]
     if any(evaluations(run)):
         parts += ["## What each iteration answers\n", answers(run) + "\n"]
+    if any(generated(run)):
+        parts += ["## What each opponent wrote\n", samples(run, show) + "\n"]
     file = run / "report.md"
     write_whole(file, "\n".join(parts))
     return file
+
+
+def asked_report(run: Path, show: Sequence[str] = ()) -> Path:
+    """`write_report` of a run of which something is there; ValueError if nothing is."""
+    if not (any(metrics(run)) or any(evaluations(run)) or benchmarks(run) or generated(run)):
+        raise ValueError(f"{run}: no steps of self-play, no pairs and no evaluation yet")
+    return write_report(run, show)
 
 
 def models(run: Path) -> dict[str, Path]:
@@ -74,8 +90,8 @@ def table(run: Path) -> str:
         for name, values in evaluations(directory).items():
             if not (prefix and name == "base"):
                 cells = [_with_error(values[key], values[f"{key}_stderr"]) for key in METRICS]
-                rows.append([prefix + _shown(name), *cells])
-    return _markdown(rows)
+                rows.append([prefix + shown(name), *cells])
+    return markdown(rows)
 
 
 def training_table(run: Path) -> str:
@@ -89,7 +105,7 @@ def training_table(run: Path) -> str:
     note = "Means over the last tenth of the steps."
     if _setting(run, "train.loss") == "logistic":
         note += f" The logistic loss starts at log 2 = {initial_loss('logistic'):.4f}."
-    return f"{_markdown(rows)}\n\n{note}"
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def answers(run: Path) -> str:
@@ -98,15 +114,52 @@ def answers(run: Path) -> str:
     for name in evaluations(run):
         with open(models(run)[name] / "evaluation" / "heldout.jsonl", encoding="utf-8") as lines:
             documents[name] = [json.loads(line) for line in lines]
-    rows = [["prompt", "right answer", *map(_shown, documents)]]
+    rows = [["prompt", "right answer", *map(shown, documents)]]
     for texts in list(zip(*documents.values()))[:SHOWN_PROMPTS]:
         rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
-    return f"{_markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
+    return f"{markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
+
+
+def generated(run: Path) -> dict[str, dict[str, str]]:
+    """{model: {prompt: its response}} of the opponents whose pairs are there, with the real responses as "data"."""
+    found: dict[str, dict[str, str]] = {}
+    opponent = "base"
+    for name, directory in models(run).items():
+        if name != "base":
+            if (directory / "generated").is_dir():
+                pairs = load_generated(directory / "generated", Data())
+                found.setdefault("data", {}).update((pair.question, pair.real) for pair in pairs)
+                found[opponent] = {pair.question: pair.generated for pair in pairs}
+            opponent = name
+    return found
+
+
+def samples(run: Path, show: Sequence[str] = ()) -> str:
+    """Markdown: chosen prompts, else the first ones that every opponent answered, with what each wrote.
+
+    What a response has and the one before it (the real one for the first) has not is bold.
+    """
+    texts = generated(run)
+    opponents = [name for name in texts if name != "data"]
+    common = [prompt for prompt in texts["data"] if all(prompt in texts[name] for name in opponents)]
+    chosen = [prompt for text in show for prompt in common if text in prompt] if show else common[:SHOWN_SAMPLES]
+    for text in show:
+        if not any(text in prompt for prompt in common):
+            raise ValueError(f"{run}: no prompt that every opponent answered contains {text!r}")
+    lines = []
+    for prompt in chosen[: max(SHOWN_SAMPLES, len(show))]:
+        lines += [f"**Prompt.** {marked(prompt, prompt)}\n", f"*data:* {marked(texts['data'][prompt], texts['data'][prompt])}\n"]
+        before = texts["data"][prompt]
+        for name in opponents:
+            lines.append(f"*{shown(name)}:* {marked(before, texts[name][prompt])}\n")
+            before = texts[name][prompt]
+        lines.append("---\n")
+    return "\n".join([*lines, "Bold: what the response above it does not have in its place."])
 
 
 def plot_accuracy(run: Path) -> Path:
     """accuracy.png: right answers by iteration, sampled and greedy, with the control."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     names = list(models(run))
     own = "SPIN, " if _setting(run, "train.objective") == "spin" else "continued SFT, "
@@ -130,17 +183,17 @@ def plot_accuracy(run: Path) -> Path:
                     markerfacecolor=color if style == "-" else "white",
                     capsize=3,
                 )
-    axes.set_xticks(range(len(names)), [_shown(name) for name in names])
+    axes.set_xticks(range(len(names)), [shown(name) for name in names])
     axes.set_ylabel("share of right answers")
     axes.set_title("Held-out accuracy by iteration (bars: one standard error)")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    return _save(plt, figure, run / "accuracy.png")
+    return save(plt, figure, run / "accuracy.png")
 
 
 def plot_training(run: Path) -> Path:
     """training.png: loss, accuracy, margin, rewards and log-ratios over the steps of all iterations."""
-    plt = _pyplot()
+    plt = pyplot()
     panels = (
         ("loss, by iteration", {"loss": ("loss", BLUE, "-")}),
         ("accuracy: real told from generated", {"accuracy": ("accuracy", BLUE, "-")}),
@@ -179,7 +232,7 @@ def plot_training(run: Path) -> Path:
     grid[0, 0].axhline(initial_loss(_setting(run, "train.loss")), color=GREY, linewidth=0.8)
     for axes in grid[1]:
         axes.set_xlabel("step, over all iterations")
-    return _save(plt, figure, run / "training.png")
+    return save(plt, figure, run / "training.png")
 
 
 def _setting(run: Path, name: str):
@@ -195,10 +248,6 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _shown(name: str) -> str:
-    return "SFT model" if name == "base" else name
-
-
 def _with_error(value: float, error: float) -> str:
     return f"{value:.3f} ± {error:.3f}"
 
@@ -207,36 +256,13 @@ def _marked(row: dict) -> str:
     return row["sampled"].strip() + (" ✓" if row["exact_match_sampled"] else "")
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    escaped = [[" ".join(str(cell).replace("|", "\\|").split())[:200] for cell in row] for row in rows]
-    escaped.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(plt, figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write <run>/report.md and its figures from what is there.")
     parser.add_argument("run", type=Path, help="a run's directory, also of one at work")
+    parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="show the prompts that contain this")
     with cli.errors_in_words():
-        run = parser.parse_args().run
-        if not any(metrics(run)) and not any(evaluations(run)):
-            raise ValueError(f"{run}: no steps of self-play and no evaluation yet")
-        logging.getLogger("spin").info("%s", write_report(run))
+        options = parser.parse_args()
+        logging.getLogger("spin").info("%s", asked_report(options.run, options.show))
 
 
 if __name__ == "__main__":

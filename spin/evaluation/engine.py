@@ -16,7 +16,7 @@ from spin.evaluation.scoring import Encoder
 class Engine:
     """A model on this rank, with what tasks need to ask it."""
 
-    name: str  # what the model is called: base, iter0, …
+    name: str  # what the model is called: tiny-base, tiny-iter0, …
     config: Config
     model: Mistral
     tokenizer: Tokenizer

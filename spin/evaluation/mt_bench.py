@@ -80,15 +80,14 @@ class MTBench:
                     text = engine.tokenizer.decode_continuation(response.ids).strip()
                     talks[doc].append({"role": "assistant", "content": text})
                     engine.tick(self.cost(doc) / len(self.questions[doc]["turns"]))
-        model = model_id(self.config, engine.name)
         for doc in docs:
             question, turns = self.questions[doc], [said["content"] for said in talks[doc] if said["role"] == "assistant"]
-            identity = hashlib.sha256(json.dumps([model, question["question_id"], turns]).encode()).hexdigest()[:22]
+            identity = hashlib.sha256(json.dumps([engine.name, question["question_id"], turns]).encode()).hexdigest()[:22]
             yield {
                 "doc": doc,
                 "question_id": question["question_id"],
                 "answer_id": identity,
-                "model_id": model,
+                "model_id": engine.name,
                 "choices": [{"index": 0, "turns": turns}],
                 "tstamp": time.time(),
             }
@@ -99,11 +98,6 @@ class MTBench:
     def summary(self, rows: Sequence[dict]) -> dict:
         empty = sum(not text for row in rows for text in row["choices"][0]["turns"])
         return {"documents": len(rows), "harness": "FastChat", "few_shot": 0, "model_id": rows[0]["model_id"], "empty": empty}
-
-
-def model_id(config: Config, name: str) -> str:
-    """What FastChat is to call a model: the run's name and the iteration's."""
-    return f"{Path(config.run.dir).name}-{name}"
 
 
 def read_judgments(directory: Path) -> dict[str, dict[str, float]]:

@@ -66,7 +66,9 @@ def load_tasks(config: Config) -> list[Task]:
     return [own[name](config) if name in own else load(name) for name in wanted]
 
 
-def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks, tasks: list[Task] | None = None) -> tuple[dict, bool]:
+def evaluate(
+    config: Config, model_dir: Path, directory: Path, ranks: Ranks, tasks: list[Task] | None = None
+) -> tuple[dict, bool]:
     """Run every task that is not in `directory` yet. Returns the summary, and whether there was something to do.
 
     `tasks`, where the caller has loaded them. Raises ValueError for results there of another model or other settings.
@@ -84,10 +86,11 @@ def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks, tas
         missing = [task for task in tasks if task.name not in summary["tasks"]]
         if missing:
             model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
-            name = model_dir.parent.name if model_dir.name == "model" else model_dir.name
-            run_tasks(name, config, model, tokenizer, missing, directory, ranks)
+            run_tasks(_name(config, model_dir), config, model, tokenizer, missing, directory, ranks)
             ranks.barrier()
             summary = ranks.from_first(lambda: read_json(directory / "summary.json"))
+        if ranks.first:
+            shutil.rmtree(directory / "partial", ignore_errors=True)
     return summary, bool(missing)
 
 
@@ -97,13 +100,13 @@ def run_tasks(
     """Run the tasks one after the other, the documents of each dealt to the ranks by cost."""
     dealt = []
     for task in tasks:
-        done = {row["doc"] for row in ranks.from_first(lambda: _rows(directory, task.name))}
+        done = ranks.from_first(lambda: {row["doc"] for row in _rows(directory, task.name)})
         left = sorted((doc for doc in range(len(task)) if doc not in done), key=lambda doc: -task.cost(doc))
         dealt.append(sorted(left[ranks.rank :: ranks.world_size]))
     total = sum(task.cost(doc) for task, mine in zip(tasks, dealt) for doc in mine)
     bar = ranks.progress(math.ceil(total), f"evaluate {name}", "token")
     bar.unit_scale = True
-    encoder = Encoder(tokenizer, bos=config.evaluate.harness != "0.4.0")
+    encoder = Encoder(tokenizer, bos=config.evaluate.harness != "0.4.0" and _adds_bos(tokenizer))
     engine = Engine(name, config, model, tokenizer, encoder, ranks, bar.update)
     for task, mine in zip(tasks, dealt):
         bar.set_postfix({"task": task.name})
@@ -114,8 +117,20 @@ def run_tasks(
         ranks.barrier()
         ranks.from_first(lambda: _finish(directory, task))
     bar.close()
-    if ranks.first:
-        shutil.rmtree(directory / "partial")
+
+
+def _name(config: Config, model_dir: Path) -> str:
+    """What the model is called: the run and the iteration, or its directory."""
+    path = model_dir.resolve()
+    if path.is_relative_to(Path(config.run.dir).resolve()):
+        return f"{Path(config.run.dir).name}-{path.parent.name}"
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _adds_bos(tokenizer: Tokenizer) -> bool:
+    """Whether transformers would put a BOS in front, by the tokenizer_config.json beside the sentencepiece model."""
+    file = tokenizer.file.parent / "tokenizer_config.json"
+    return not file.is_file() or read_json(file).get("add_bos_token") is not False
 
 
 def _begin(directory: Path, origin: dict, tasks: list[Task]) -> dict:
@@ -176,7 +191,8 @@ def mmlu_groups(tasks: dict[str, dict]) -> dict[str, dict]:
         means, errors, sizes = ([task[key] for task in there] for key in ("acc", "acc_stderr", "documents"))
         acc, error = pooled(means, errors, sizes)
         result[name] = {
-            "acc": acc, "acc_stderr": error, "acc_by_subject": sum(means) / len(means), "documents": sum(sizes),
+            "acc": acc, "acc_stderr": error, "acc_by_subject": sum(means) / len(means),
+            "acc_by_subject_stderr": math.hypot(*errors) / len(errors), "documents": sum(sizes),
             "subjects": len(there), "of_subjects": len(subjects), "few_shot": there[0]["few_shot"],
             "harness": there[0]["harness"], "truncated": sum(task["truncated"] for task in there),
         }  # fmt: skip

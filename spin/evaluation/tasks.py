@@ -66,7 +66,7 @@ class Source:
         get = ["hf", "download", "--repo-type", "dataset", self.repository, *include]
         return shlex.join([*get, "--local-dir", str(data / self.repository.split("/")[1])])
 
-    def rows(self, data: Path, split: str, columns: Sequence[str], limit: int | None = None) -> list[tuple[str, dict]]:
+    def rows(self, data: Path, split: str, columns: Sequence[str]) -> list[tuple[str, dict]]:
         """(where, row) of a split, in file order. Raises ValueError for a row without one of the columns."""
         rows = []
         for file in self.files(data, split):
@@ -75,8 +75,6 @@ class Source:
                 if lacking:
                     raise ValueError(f"{where}: no {lacking[0]!r}, found {', '.join(map(repr, row))}; is it {self.repository}?")
                 rows.append((where, row))
-                if len(rows) == limit:
-                    return rows
         if not rows:
             raise ValueError(f"{data}: no rows in {self.repository}'s {split} split")
         return rows
@@ -179,14 +177,17 @@ class MultipleChoice:
     def load(self, data: Path, limit: int, harness: str) -> "Documents":
         """Raises ValueError with file and row for a document that cannot be asked."""
         few_shot = 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot  # that version dropped them
-        rows = self.source.rows(data, self.source.split, self.columns, limit or None)
+        rows = self.source.rows(data, self.source.split, self.columns)
         if self.name.startswith("bigbench"):
             rows = [(where, row) for where, row in rows if row["multiple_choice_targets"]]
+        rows = rows[: limit or None]
         questions = [self._read(where, row) for where, row in rows]
         texts = [self.description] * len(questions)
         if few_shot:
             pool = self.source.rows(data, self.source.examples, self.columns)
             solved = [self._read(where, row).solved for where, row in pool]
+            if len(pool) < few_shot:
+                raise ValueError(f"{pool[0][0]}: {few_shot} examples are needed, and its split has {len(pool)}")
             draw = [range(few_shot)] * len(rows) if self.first else drawn(rows, pool, few_shot, self.spare)
             texts = [self.description + "".join(solved[i] for i in chosen) for chosen in draw]
         return Documents(self, data, harness, few_shot, [where for where, _ in rows], questions, texts)
@@ -270,7 +271,7 @@ class GSM8K:
 
     def load(self, data: Path, limit: int, harness: str) -> Documents:
         columns = ("question", "answer")
-        rows = self.source.rows(data, self.source.split, columns, limit or None)
+        rows = self.source.rows(data, self.source.split, columns)[: limit or None]
         pool = self.source.rows(data, self.source.examples, columns)
         ask = lambda row: f"Question: {row['question']}\nAnswer:"  # noqa: E731
         solved = [f"{ask(row)} {row['answer']}\n\n" for _, row in pool]

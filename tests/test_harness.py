@@ -1,0 +1,189 @@
+"""The evaluator's numbers against lm-evaluation-harness's own, run offline: every document of every task."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script, small_config
+
+from model.mistral import Mistral
+from model.tokenizer import Tokenizer
+from model.weights import save_model
+from spin.evaluation.runner import mmlu_groups
+from spin.evaluation.scoring import Encoder, text_hash
+from spin.evaluation.tasks import BENCHMARKS, GSM8K, MMLU, MMLU_GROUPS
+
+os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+lm_eval = pytest.importorskip("lm_eval")
+shared = pytest.mark.skipif(not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here")
+TASKS = [name for name in BENCHMARKS if not name.startswith("mmlu")] + ["mmlu_anatomy", "mmlu_sociology", "mmlu_virology"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, mistral_tokenizer):
+    """A random model of 640 tokens' length, in which some contexts are cut, with Mistral's tokenizer; and documents."""
+    from benchmarks.harness import write_documents, write_tokenizer_json
+
+    folder = tmp_path_factory.mktemp("harness")
+    config = small_config(vocab_size=32000, max_position_embeddings=640, sliding_window=None, bos_token_id=1, eos_token_id=2)
+    model = Mistral(config).init_weights(0)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:  # wide enough that attention is far from uniform
+            weight.data.mul_(0.3 / weight.data.std())
+    save_model(model, folder / "model", torch.float32)
+    shutil.copy(mistral_tokenizer.file, folder / "model" / "tokenizer.model")
+    write_tokenizer_json(folder / "model")
+    write_documents(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["0.4.13", "0.4.0"])
+def both(request, asked):
+    """(harness, its result, our directory) for every task."""
+    from benchmarks.harness import run_harness
+
+    harness = request.param
+    paper = harness == "0.4.0"
+    theirs = run_harness(asked / "model", TASKS, asked / "data", asked / f"tasks{harness}", paper=paper, limit=11)
+    out = asked / f"out{harness}"
+    run_script("evaluate.py", *ours(asked, TASKS, out, "--harness", harness, "--limit", "11"))
+    return harness, theirs, out
+
+
+def ours(asked, tasks, out, *more, data=None):
+    return ["--model", str(asked / "model"), "--tasks", ",".join(tasks), "--data", str(data or asked / "data"),
+            "--out", str(out), "--dtype", "float32", *more]  # fmt: skip
+
+
+def rows(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in open(out / f"{name}.jsonl")]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_documents_context_scores_prediction_and_metrics_are_the_harnesss(both, name):
+    from benchmarks.evaluate import agree
+
+    harness, theirs, out = both
+    samples, mine = theirs["samples"][name], rows(out, name)
+    apart, differing = agree(name, mine, samples)
+    assert apart < 1e-5 and differing == 0
+    by_doc = {sample["doc_id"]: sample for sample in samples}
+    for row in mine:
+        arguments = [argument[:2] for argument in by_doc[row["doc"]]["arguments"]]
+        if name == "gsm8k":
+            texts = [arguments[0][0]]
+        else:  # contexts, then choices without the blank between
+            texts = [context for context, _ in arguments] + [choice[1:] for _, choice in arguments]
+        assert row["hash"] == text_hash(texts), (name, row["doc"])
+    summary = json.loads((out / "summary.json").read_text())["tasks"][name]
+    result = theirs["results"][name]
+    metrics = {"acc": "acc,none", "acc_norm": "acc_norm,none", "exact_match": "exact_match,strict-match"}
+    metrics |= {"exact_match_flexible": "exact_match,flexible-extract"}
+    compared = [metric for metric in metrics if metric in summary]
+    assert compared and all(metrics[metric] in result for metric in compared)
+    for metric in compared:
+        assert summary[metric] == pytest.approx(result[metrics[metric]], abs=1e-6)
+        error = result[metrics[metric].replace(",", "_stderr,")]
+        assert summary[f"{metric}_stderr"] == pytest.approx(error, abs=1e-6)
+    assert summary["harness"] == harness and summary["documents"] == len(mine)
+
+
+def test_token_ids_and_cuts_are_the_harnesss(asked):
+    from lm_eval.models.huggingface import HFLM
+
+    backend = HFLM(str(asked / "model"), dtype="float32", device="cpu")
+    encoder = Encoder(Tokenizer(asked / "model"), bos=True)
+    assert encoder._by_line
+    cut = 0
+    for name in TASKS:
+        task = BENCHMARKS[name]
+        if isinstance(task, GSM8K):
+            continue
+        documents = task.load(asked / "data", 6, "0.4.13")
+        for question, before in zip(documents.questions, documents.examples):
+            for text, choice in zip(question.texts, question.choices):
+                context, continuation = backend._encode_pair(before + text, " " + choice)
+                request, was_cut = encoder.request(before + text, " " + choice, 640, name)
+                assert request.ids == (context + continuation)[-641:]
+                assert request.continuation == len(continuation)
+                cut += was_cut
+    assert cut > 5
+
+
+def test_awkward_texts_are_encoded_line_by_line_as_in_one(mistral_tokenizer):
+    from test_tokenizer import strings
+
+    encoder = Encoder(mistral_tokenizer, bos=False)
+    texts = strings()
+    for text in [*texts, *(f"{a}\n{b}" for a, b in zip(texts, texts[7:]))]:
+        assert encoder.encode(text) == mistral_tokenizer.encode(text), repr(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["so 3 + 4 = 7\n#### 7", "#### -1,234.50.", "#### $18.00", "it is 18.0", "18 and then $1,000.", "none", "...", "#### 5 #### 6",
+     "-.5", "####7", "#### 7.", "costs $ 7", "1,2,3", "#### abc 3", "#### 18 dollars, 19"],
+)  # fmt: skip
+@pytest.mark.parametrize("answer", ["work\n#### 18", "#### -1,234.5", "x\n#### 7", "#### 1000", "#### 5"])
+def test_numbers_are_found_and_compared_as_the_harness_does(text, answer):
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    found = {
+        "": RegexFilter("#### (\\-?[0-9\\.\\,]+)"),
+        "_flexible": RegexFilter("(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1),
+    }
+    row = GSM8K().measured(answer, text, "0.4.13")
+    ignored = [",", "\\$", "(?s).*#### ", "\\.$"]
+    for suffix, filter in found.items():
+        ((extracted,),) = filter.apply([[text]], [{}])
+        assert row[f"prediction{suffix}"] == extracted
+        same = exact_match_hf_evaluate([extracted], [answer], regexes_to_ignore=ignored, ignore_case=True)["exact_match"]
+        assert row[f"exact_match{suffix}"] == same
+
+
+def test_mmlus_means_and_errors_are_the_harnesss():
+    from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
+
+    names = list(MMLU)[:9] + ["virology"]
+    tasks = {
+        f"mmlu_{name}": {"acc": 0.2 + 0.05 * i, "acc_stderr": 0.01 + 0.003 * i, "documents": 30 + 7 * i, "few_shot": 5,
+                         "harness": "0.4.13", "truncated": 0}
+        for i, name in enumerate(names)
+    }  # fmt: skip
+    errors, sizes = ([task[key] for task in tasks.values()] for key in ("acc_stderr", "documents"))
+    group = mmlu_groups(tasks)["mmlu"]
+    assert group["acc_stderr"] == pytest.approx(pooled_sample_stderr(errors, sizes))
+    assert group["acc_by_subject_stderr"] == pytest.approx(unweighted_mean_stderr(errors))
+    assert group["acc"] == pytest.approx(sum(t["acc"] * t["documents"] for t in tasks.values()) / sum(sizes))
+    assert (group["subjects"], group["of_subjects"]) == (10, 57)
+
+
+def test_mmlus_subjects_groups_and_descriptions_are_the_harnesss():
+    import yaml
+
+    folder = Path(lm_eval.__file__).parent / "tasks/mmlu/default"
+    stock = [yaml.safe_load(file.read_text()) for file in folder.glob("mmlu_*.yaml")]
+    assert {f"mmlu_{subject}" for subject in MMLU} == {task["task"] for task in stock}
+    for task in stock:
+        assert BENCHMARKS[task["task"]].description == task["description"]
+        assert MMLU[task["dataset_name"]] == task["tag"].removeprefix("mmlu_").removesuffix("_tasks")
+    assert sum(len(subjects.split()) for subjects in MMLU_GROUPS.values()) == 57
+
+
+@shared
+def test_real_documents_too(asked, tmp_path):
+    from benchmarks.evaluate import agree
+    from benchmarks.harness import run_harness
+
+    data = (ROOT / "../shared/data/eval").resolve()
+    names = [name for name, task in BENCHMARKS.items() if not task.source.missing(data)]
+    assert len(names) > 14
+    theirs = run_harness(asked / "model", names, data, tmp_path / "tasks", limit=5)
+    run_script("evaluate.py", *ours(asked, names, tmp_path / "out", "--limit", "5", data=data))
+    for name in names:
+        apart, differing = agree(name, rows(tmp_path / "out", name), theirs["samples"][name])
+        assert apart < 1e-5 and differing == 0, name
