@@ -69,8 +69,8 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
             "dataset_kwargs": {"data_files": files},
             "tag": None,
         }
-        if "train" not in files:
-            lines["training_split"] = None
+        absent = [key for key, split in (("training_split", "train"), ("validation_split", "validation")) if split not in files]
+        lines |= dict.fromkeys(absent)
         if isinstance(task, GSM8K) and paper:
             lines["generation_kwargs"] = {"until": task.stops("0.4.0"), "do_sample": False, "temperature": 0.0}
             strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
@@ -101,7 +101,7 @@ def run_harness(
     manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
     for name in names:
         got = simple_evaluate(
-            model, tasks=[f"own_{name}"], num_fewshot=few_shot(name), limit=limit, log_samples=True, bootstrap_iters=0,
+            model, tasks=[f"own_{name}"], num_fewshot=few_shot(name), limit=limit, log_samples=True, bootstrap_iters=100,
             task_manager=manager,
         )  # fmt: skip
         results[name], samples[name] = got["results"][f"own_{name}"], got["samples"][f"own_{name}"]

@@ -132,7 +132,7 @@ def folder(tmp_path_factory, letters):
     config = small_config(vocab_size=letters.vocab_size, bos_token_id=letters.bos_id, eos_token_id=letters.eos_id,
                           max_position_embeddings=1200, sliding_window=64)  # fmt: skip
     for name in ("model", "other"):
-        save_model(Mistral(config).init_weights(name == "other"), folder / name, torch.float32)
+        save_model(Mistral(config).init_weights(int(name == "other")), folder / name, torch.float32)
         shutil.copy(letters.file, folder / name / "tokenizer.model")
     write_documents(folder / "data", count=5)
     questions = [{"question_id": 81 + i, "category": category, "turns": ["tell me", "and then"]}

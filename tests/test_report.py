@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, write_jsonl
 
+from spin.markdown import marked
 from spin.report import evaluations, plot_training, table, write_report
 from spin.talk import side_by_side
 
@@ -86,3 +87,61 @@ def test_answers_stand_side_by_side_or_one_below_the_other():
         "four                     |"
     )
     assert side_by_side(texts, 50) == "base\n----\none two three\n\nfour\n\niteration 0\n-----------\na"
+
+
+def benchmark_results(directory, shift, tasks=("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")):
+    metrics = ("acc", "acc_norm", "exact_match", "acc_by_subject")
+    task = {"documents": 100, "few_shot": 5, "harness": "0.4.0", "truncated": 2, "subjects": 6, "of_subjects": 57}
+    task |= {metric: 0.5 + shift for metric in metrics} | {f"{metric}_stderr": 0.05 for metric in metrics}
+    directory.mkdir(parents=True)
+    (directory / "summary.json").write_text(json.dumps({"tasks": dict.fromkeys(tasks, task)}))
+
+
+def test_the_leaderboard_stands_beside_the_papers(tmp_path):
+    benchmark_results(tmp_path / "base/evaluation", 0)
+    benchmark_results(tmp_path / "iter0/evaluation", 0.025)
+    benchmark_results(tmp_path / "beside/zephyr-7b-beta", 0.1)
+    text = write_report(tmp_path).read_text()
+    assert "| iteration 0 |" + " 52.50 ± 5.00 |" * 6 + " 52.50 |" in text
+    assert "| — the paper | 60.41 | 43.73 | 74.19 | 26.76 | 82.85 | 60.92 | 58.14 |" in text
+    assert "| — difference | -10.90 | +3.32 | -20.19 | +17.40 | -31.88 | -7.53 | -8.30 |" in text
+    assert "| zephyr-7b-beta |" in text and "MMLU: 6 of its 57 subjects" in text
+    assert "harness 0.4.0" in text and "arc_challenge 2" in text
+    for name in ("average", "tasks", "radar"):
+        assert f"({name}.png)" in text and is_picture(tmp_path / f"{name}.png")
+
+
+def test_a_leaderboard_that_is_not_complete_shows_what_there_is(tmp_path):
+    benchmark_results(tmp_path / "base/evaluation", 0)
+    benchmark_results(tmp_path / "iter0/evaluation", 0.025, ("arc_challenge", "openbookqa"))
+    text = write_report(tmp_path).read_text()
+    assert "| iteration 0 | 52.50 ± 5.00 |  |  |  |  |  |  |" in text and "openbookqa acc_norm" in text
+    assert is_picture(tmp_path / "average.png") and not (tmp_path / "radar.png").exists()
+
+
+def test_judgments_stand_in_the_report(tmp_path):
+    benchmark_results(tmp_path / "base/evaluation", 0, ())
+    answered = {"documents": 80, "few_shot": 0, "harness": "FastChat", "model_id": "x-base", "empty": 0}
+    (tmp_path / "base/evaluation/summary.json").write_text(json.dumps({"tasks": {"mt_bench": answered}}))
+    assert "| SFT model |  |  |  |" in write_report(tmp_path).read_text()
+    verdicts = [{"model": "x-base", "turn": turn, "score": score} for turn, score in ((1, 6), (1, 7), (2, 5))]
+    write_jsonl(tmp_path / "mt_bench_judgment" / "gpt-4_single.jsonl", verdicts)
+    assert "| SFT model | 6.50 | 5.00 | 6.00 |" in write_report(tmp_path).read_text()
+
+
+def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
+    turns = lambda text, answer: [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]  # noqa: E731
+    prompts = ["In Southampton, how do people commute?", "another prompt"]
+    for n, said in enumerate(("55% of commuters use cars", "most commuters use buses and trains")):
+        pairs = [{"real": turns(text, "mostly buses"), "generated": turns(text, said)} for text in prompts]
+        write_jsonl(tmp_path / f"iter{n}/generated/part-00000-of-00001.jsonl", pairs)
+    text = write_report(tmp_path, ["Southampton"]).read_text()
+    assert "*data:* mostly buses\n" in text and "another prompt" not in text
+    assert "*SFT model:* **55% of commuters use cars**\n" in text
+    assert "*iteration 0:* **most** commuters use **buses and trains**\n" in text
+    with pytest.raises(ValueError, match="contains 'Portsmouth'"):
+        write_report(tmp_path, ["Portsmouth"])
+
+
+def test_markdown_in_a_text_stays_text():
+    assert marked("a b", "a *b* _c_ | d") == "a **\\*b\\* \\_c\\_ \\| d**"
