@@ -155,12 +155,19 @@ def plot_average(run: Path, found: dict[str, dict]) -> Path:
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     places = [*PAPER, *(model for model in own if model not in PAPER)]
     if common:
-        for values_of, label, style, which in ((own, "this run", "-", 0), (PAPER, "the paper", "--", 1)):
-            at = [places.index(model) for model in values_of]
-            means = [sum(values[i] for i in common) / len(common) for values in values_of.values()]
-            axes.plot(at, means, style, color=COLORS[which], marker=MARKERS[which], label=label)
-            for x, y in zip(at, means):
-                axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        means = [
+            {places.index(model): sum(values[i] for i in common) / len(common) for model, values in of_models.items()}
+            for of_models in (own, PAPER)
+        ]
+        for which, (label, style) in enumerate((("this run", "-"), ("the paper", "--"))):
+            curve, other = means[which], means[1 - which]
+            axes.plot(curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label)
+            for x, y in curve.items():
+                higher = (y, -which) > (other.get(x, y), which - 1)
+                axes.annotate(
+                    f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7 if higher else -14), ha="center",
+                    fontsize=8, color=COLORS[which],
+                )  # fmt: skip
         axes.legend(frameon=False)
     axes.set_xticks(range(len(places)), [shown(model) for model in places])
     names = ", ".join(LEADERBOARD[i][2] for i in common) or "no task that all models have"
@@ -187,7 +194,8 @@ def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
             )  # fmt: skip
             if model in PAPER:
                 axes.plot([x - 0.45, x + 0.45], [PAPER[model][i]] * 2, color="black", linewidth=1.6)
-        axes.set_xticks(range(len(there)), [_short(model) for model in there], fontsize=9)
+        slant = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if set(there) - set(PAPER) else {}
+        axes.set_xticks(range(len(there)), [_short(model) for model in there], fontsize=9, **slant)
         values = [100 * of[metric] for of in there.values()] + [PAPER[model][i] for model in there if model in PAPER]
         if values:
             span = max(values) - min(values)
@@ -219,6 +227,7 @@ def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
         )  # fmt: skip
     axes.set_xticks(angles, [LEADERBOARD[i][2] for i in common])
     axes.tick_params(axis="x", pad=14)
+    axes.set_rlabel_position(30)
     axes.set_ylim(max(0, 10 * math.floor(lowest / 10 - 0.5)), None)
     axes.set_title("Percent by task", fontsize=11, pad=22)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.08, 1.08))
