@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from spin import cli
+from spin.config import Config, Recipe
 from spin.distributed import ranks
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import evaluate, load_tasks
+from spin.files import only_process
 from spin.iteration import check_model, evaluate_model, working_on
 from spin.leaderboard import benchmarks, leaderboard_table, results_table
 from spin.report import asked_report, evaluations, table, write_report
@@ -30,47 +32,64 @@ def main() -> None:
     parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="with --report: prompts with this in them")
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
+    parser.set_defaults(config=None)
     with cli.errors_in_words():
         known, _ = parser.parse_known_args()
         given = [f"--evaluate.{name}={getattr(known, name)}" for name in SETTINGS if getattr(known, name) is not None]
         if known.compare:
             sys.stdout.write(compare(*known.compare) + "\n")
             return
+        # A checkpoint of unknown origin is not asked by the default recipe's settings, but by the defaults.
+        parser.set_defaults(config="" if known.model else "configs/tiny.toml")
         arguments, recipe = cli.parse(parser, given)
-        config = recipe.at(0)
-        if arguments.report:
-            sys.stdout.write(f"{asked_report(Path(config.run.dir), arguments.show)}\n")
-            return
-        if not config.evaluates:
-            raise ValueError(f"{recipe.path}: neither evaluate.tasks nor evaluate.heldout names something to evaluate on")
         if arguments.model:
-            if not arguments.out:
-                raise ValueError("--model needs --out DIR, where the results go")
-            check_model(arguments.model, config, (config.evaluate,))
-            tasks = load_tasks(config)
-            with ranks() as group:
-                summary, _ = evaluate(config, arguments.model, arguments.out.resolve(), group, tasks)
-                if group.first:
-                    sys.stdout.write(results_table(summary) + "\n")
-            return
-        numbers = cli.iterations(arguments.iter, base=True)
-        absent = [n for n in numbers if not recipe.at(max(n, 0)).model_dir(n).is_dir()]
-        if absent:
-            path = recipe.at(max(absent[0], 0)).model_dir(absent[0])
-            raise FileNotFoundError(f"{path}: no such model; run train.py {f'--iter {max(absent[0], 0)}'} first")
-        for n in numbers:
-            check_model(recipe.at(max(n, 0)).model_dir(n), config, (config.evaluate,))
-        tasks = {recipe.at(max(n, 0)).evaluate: None for n in numbers}
-        tasks = {settings: load_tasks(recipe.at(max(n, 0))) for settings, n in zip(tasks, numbers)}
-        with ranks() as group, working_on(config, group):
-            for n in numbers:
-                own = recipe.at(max(n, 0))
-                evaluate_model(own, n, group, tasks.get(own.evaluate))
-            if group.first:
-                run = Path(config.run.dir)
-                report = write_report(run)
-                tables = [table(run)] * any(evaluations(run)) + [leaderboard_table(found) for found in [benchmarks(run)] if found]
-                sys.stdout.write("\n" + "\n\n".join(tables) + f"\n\n{report}: the tables with their figures\n")
+            evaluate_directory(recipe.at(0), arguments.model, arguments.out)
+        elif arguments.report:
+            sys.stdout.write(f"{asked_report(Path(recipe.at(0).run.dir), arguments.show)}\n")
+        else:
+            evaluate_run(recipe, cli.iterations(arguments.iter, base=True))
+
+
+def evaluate_directory(config: Config, model: Path, out: Path | None) -> None:
+    """Any model directory, results to `out`, printed as a table."""
+    if not out:
+        raise ValueError("--model needs --out DIR, where the results go")
+    check(config, model)
+    with ranks() as group, only_process(out, hold=group.first):
+        summary, _ = evaluate(config, model, out.resolve(), group)
+        if group.first:
+            names = [task.name for task in load_tasks(config)]
+            sys.stdout.write(results_table(summary, names) + "\n")
+
+
+def evaluate_run(recipe: Recipe, numbers: list[int]) -> None:
+    """A run's models, each by its iteration's settings; the run's report, its tables printed."""
+    configs = {n: recipe.at(max(n, 0)) for n in numbers}
+    for n, config in configs.items():
+        if not config.model_dir(n).is_dir():
+            command = f"train.py {f'--iter {max(n, 0)}'}"
+            raise FileNotFoundError(f"{config.model_dir(n)}: no such model; run {command} first")
+        check(config, config.model_dir(n))
+    run = Path(recipe.at(0).run.dir)
+    with ranks() as group, working_on(recipe.at(0), group):
+        for n, config in configs.items():
+            evaluate_model(config, n, group)
+        if group.first:
+            report, found = write_report(run), benchmarks(run)
+            tables = [table(run)] * any(evaluations(run)) + [leaderboard_table(found)] * bool(found)
+            sys.stdout.write("\n" + "\n\n".join(tables) + f"\n\n{report}: the tables with their figures\n")
+
+
+def check(config: Config, model: Path) -> None:
+    """Raise ValueError or OSError for whatever would stop the evaluation later on."""
+    if not config.evaluates:
+        raise ValueError("nothing to evaluate on: set evaluate.tasks, or evaluate.heldout, or give --tasks")
+    if not model.is_dir():
+        raise FileNotFoundError(f"{model}: no such model directory")
+    if not (model / "config.json").is_file() and (model / "model" / "config.json").is_file():
+        raise FileNotFoundError(f"{model}: the model is in {model / 'model'}")
+    load_tasks(config)
+    check_model(model, config, (config.evaluate,))
 
 
 if __name__ == "__main__":

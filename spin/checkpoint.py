@@ -129,8 +129,8 @@ def check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise OSError(
-            f"{directory}: checkpoints and exported models will take {needed / 1e9:.1f} GB, and the disk has "
-            f"{free / 1e9:.1f}; make room, lower train.keep_checkpoints, or run fewer iterations at a time"
+            f"{directory}: checkpoints and exported models will take {needed / 1e9:.3f} GB, and the disk has "
+            f"{free / 1e9:.3f}; make room, lower train.keep_checkpoints, or run fewer iterations at a time"
         )
 
 

@@ -18,7 +18,7 @@ EPILOG = "Any setting of spin/config.py can be given as --section.key=value, e.g
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with --config; what it does not know must be overrides of settings."""
     result = argparse.ArgumentParser(description=description, epilog=EPILOG, allow_abbrev=False)
-    result.add_argument("--config", default="configs/tiny.toml", help="recipe (default: %(default)s)")
+    result.add_argument("--config", default="configs/tiny.toml", help="recipe (default: configs/tiny.toml)")
     return result
 
 
@@ -50,7 +50,7 @@ def errors_in_words():
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from here") from None
+        raise SystemExit("stopped; the same command goes on from what is there, training from its last checkpoint") from None
     except Stopped as stopped:
         log.info(stopped)
         raise SystemExit(143) from None  # as a process that SIGTERM ended

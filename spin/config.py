@@ -184,17 +184,17 @@ _NOT_NEGATIVE += ("heldout_pairs", "limit")
 
 
 class Recipe:
-    """A TOML file and the command line's overrides; `at(n)` gives the settings of iteration n.
+    """A TOML file ("": none) and the command line's overrides; `at(n)` gives the settings of iteration n.
 
     Raises ValueError naming the file (or "command line"), the key, and the nearest known one.
     """
 
     def __init__(self, path: str | Path, overrides: list[str] = ()):
         self.path = Path(path)
-        if not self.path.is_file():
+        if path and not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe; configs/ has some")
         try:
-            table = tomllib.loads(self.path.read_text())
+            table = tomllib.loads(self.path.read_text() if path else "")
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: not TOML ({error})") from None
         iterations = table.pop("iteration", [])

@@ -43,10 +43,10 @@ class Ranks:
         """Whether this is the rank that writes files and shows progress."""
         return self.rank == 0
 
-    def progress(self, total: int, desc: str, unit: str, initial: int = 0) -> tqdm:
+    def progress(self, total: int, desc: str, unit: str, initial: int = 0, **settings) -> tqdm:
         """A progress bar with rate and remaining time, on the first rank; a log file gets a line's worth less often."""
         seconds = 0.2 if sys.stderr.isatty() else 10.0
-        return tqdm(total=total, desc=desc, unit=unit, initial=initial, mininterval=seconds, disable=not self.first)
+        return tqdm(total=total, desc=desc, unit=unit, initial=initial, mininterval=seconds, disable=not self.first, **settings)
 
     def release_memory(self) -> None:
         """Give back the memory of models that are no longer used: FSDP's reference cycles outlive their last name."""

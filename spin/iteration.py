@@ -213,10 +213,10 @@ def opponent_logps(
         return torch.stack([stored.get_tensor("real"), stored.get_tensor("generated")], dim=1)
 
 
-def evaluate_model(config: Config, n: int, ranks: Ranks, tasks: list | None = None) -> bool:
+def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
     """Stage evaluate for iteration n, -1 for the base: the recipe's tasks. Returns whether there was something to do."""
     directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
-    return config.evaluates and evaluate(config, config.model_dir(n), directory / "evaluation", ranks, tasks)[1]
+    return config.evaluates and evaluate(config, config.model_dir(n), directory / "evaluation", ranks)[1]
 
 
 def load_own_examples(config: Config, counts: Counter) -> list[Example]:

@@ -26,6 +26,7 @@ OTHERS = (
     ("bigbench_sports_understanding", "acc"), ("bigbench_formal_fallacies_syllogisms_negation", "acc"),
 )  # fmt: skip
 # Percent, in LEADERBOARD's order: arXiv 2401.01335, the table of all iterations.
+DOCUMENTS = (1172, 817, 1267, 1319, 10042, 14042)  # of the whole tasks
 PAPER = {
     "base": (60.41, 43.73, 74.19, 26.76, 82.85, 60.92),
     "iteration 0": (63.40, 49.18, 72.69, 35.10, 84.38, 60.03),
@@ -35,13 +36,18 @@ PAPER = {
 }
 
 
-def results_table(summary: dict) -> str:
-    """Markdown: the metrics of one evaluation, with standard errors."""
-    rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness"]]
-    for name, task in summary["tasks"].items():
+def results_table(summary: dict, wanted: Sequence[str]) -> str:
+    """Markdown: the metrics of one evaluation's wanted tasks and of MMLU's groups, with standard errors; subjects last."""
+    rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness", "remarks"]]
+    groups = [name for name, task in summary["tasks"].items() if "subjects" in task]
+    wanted = [name for name in wanted if name in summary["tasks"]]
+    subjects = [name for name in wanted if name.startswith("mmlu_")]
+    names = [name for name in wanted if name not in subjects] + groups * bool(subjects) + subjects
+    for name, task in ((name, summary["tasks"][name]) for name in names):
         for metric in (key.removesuffix("_stderr") for key in task if key.endswith("_stderr")):
-            values = [f"{task[metric]:.4f}", f"{task[f'{metric}_stderr']:.4f}", str(task["documents"])]
-            rows.append([name, metric, *values, str(task["few_shot"]), task["harness"]])
+            error = task[f"{metric}_stderr"]
+            values = [f"{task[metric]:.4f}", "" if math.isnan(error) else f"{error:.4f}", str(task["documents"])]
+            rows.append([name, metric, *values, str(task["few_shot"]), task["harness"], _remark(task)])
     return markdown(rows)
 
 
@@ -67,10 +73,9 @@ def section(run: Path) -> list[str]:
         return []
     parts = ["## Benchmarks\n", leaderboard_table(found) + "\n", notes(found) + "\n"]
     if any(value is not None for tasks in found.values() for value in scores(tasks)):
-        parts += [f"![average by iteration]({plot_average(run, found).name})\n"]
-        parts += [f"![tasks by iteration]({plot_tasks(run, found).name})\n"]
-        if radar := plot_radar(run, found):
-            parts += [f"![beside other models]({radar.name})\n"]
+        for plot, what in ((plot_average, "average by iteration"), (plot_tasks, "tasks by iteration"), (plot_radar, "radar")):
+            if figure := plot(run, found):
+                parts += [f"![{what}]({figure.name})\n"]
     if others := other_table(found):
         parts += [others + "\n"]
     if judged := judged_table(run, found):
@@ -79,7 +84,7 @@ def section(run: Path) -> list[str]:
 
 
 def leaderboard_table(found: dict[str, dict]) -> str:
-    """Markdown: percent with standard errors; under each model of the paper's its numbers and the difference."""
+    """Markdown: percent with standard errors; under each model of the paper's its numbers, and the difference on whole tasks."""
     rows = [["model", *(name for _, _, name in LEADERBOARD), "average"]]
     for model, tasks in found.items():
         ours = scores(tasks)
@@ -89,30 +94,43 @@ def leaderboard_table(found: dict[str, dict]) -> str:
         if model in PAPER:
             theirs = [*PAPER[model], _average(PAPER[model])]
             rows.append(["— the paper", *map(_percent, theirs)])
-            differences = ["" if a is None else f"{a - b:+.2f}" for a, b in zip([*ours, _average(ours)], theirs)]
-            rows.append(["— difference", *differences])
+            whole = [tasks.get(task, {}).get("documents") == count for (task, *_), count in zip(LEADERBOARD, DOCUMENTS)]
+            pairs = zip([*ours, _average(ours)], theirs, [*whole, all(whole)])
+            rows.append(["— difference", *(f"{a - b:+.2f}" if a is not None and complete else "" for a, b, complete in pairs)])
     return markdown(rows)
 
 
 def notes(found: dict[str, dict]) -> str:
-    """What a reader must know of the numbers."""
-    tasks = [task for of_model in found.values() for task in of_model.values()]
-    harness = sorted({task["harness"] for task in tasks if task["harness"][0].isdigit()})
-    as_what = f"; scored as lm-evaluation-harness {' and '.join(harness)} does" if harness else ""
-    lines = [f"Percent ± one standard error{as_what}."]
-    mmlu = next((of_model["mmlu"] for of_model in found.values() if "mmlu" in of_model), None)
-    if mmlu and mmlu["subjects"] < mmlu["of_subjects"]:
-        lines.append(f"MMLU: {mmlu['subjects']} of its {mmlu['of_subjects']} subjects.")
-    names = [name for name, *_ in LEADERBOARD]
-    sizes = {name: of_model[name]["documents"] for of_model in found.values() for name in names if name in of_model}
-    if sizes:
-        lines.append("Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + ".")
-    for what, words in (("truncated", "contexts cut at the left"), ("empty_choices", "empty choices")):
-        most = {name: task[what] for of_model in found.values() for name, task in of_model.items() if task.get(what)}
-        most = {name: count for name, count in most.items() if not name.startswith("mmlu_")}
-        if most:
-            lines.append(f"{words[0].upper() + words[1:]}: " + ", ".join(f"{name} {count}" for name, count in most.items()) + ".")
+    """What a reader must know of the numbers, once for all models of which it is the same."""
+    of: dict[str, list[str]] = {}
+    for model, tasks in found.items():
+        of.setdefault(_facts(tasks), []).append(shown(model))
+    if len(of) == 1:
+        return "Percent ± one standard error. " + next(iter(of))
+    return "\n\n".join(["Percent ± one standard error.", *(f"{', '.join(models)}: {facts}" for facts, models in of.items())])
+
+
+def _facts(tasks: dict) -> str:
+    """Harness, numbers of documents, what was cut: of one model."""
+    harness = sorted({task["harness"] for task in tasks.values() if task["harness"][0].isdigit()})
+    lines = [f"Scored as lm-evaluation-harness {' and '.join(harness)} does."] if harness else []
+    sizes = {name: tasks[name]["documents"] for name, *_ in LEADERBOARD if name in tasks}
+    lines += ["Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + "."] if sizes else []
+    if "mmlu" in tasks and tasks["mmlu"]["subjects"] < tasks["mmlu"]["of_subjects"]:
+        lines.append(f"MMLU: {tasks['mmlu']['subjects']} of its {tasks['mmlu']['of_subjects']} subjects.")
+    for name, task in tasks.items():
+        if not name.startswith("mmlu_") and (remark := _remark(task)):
+            lines.append(f"{name}: {remark}.")
     return " ".join(lines)
+
+
+def _remark(task: dict) -> str:
+    """What befell a task's documents."""
+    parts = [f"{task['truncated']} contexts cut at the left"] if task.get("truncated") else []
+    parts += [f"{task['empty_choices']} empty choices"] if task.get("empty_choices") else []
+    parts += ["answers without any probability"] if math.isnan(task.get("acc", 0)) else []
+    parts += [f"{task[what]} {what.replace('_', ' ')}" for what in ("dropped", "prompts_cut", "answers_cut") if task.get(what)]
+    return ", ".join(parts)
 
 
 def other_table(found: dict[str, dict]) -> str:
@@ -147,31 +165,31 @@ def judged_table(run: Path, found: dict[str, dict]) -> str:
     return f"{markdown(rows)}\n\n{note}"
 
 
-def plot_average(run: Path, found: dict[str, dict]) -> Path:
-    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours has."""
-    plt = pyplot()
+def plot_average(run: Path, found: dict[str, dict]) -> Path | None:
+    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours has, if any."""
     own = {model: scores(tasks) for model, tasks in found.items() if model in PAPER or model.startswith("iteration")}
     common = [i for i in range(len(LEADERBOARD)) if own and all(values[i] is not None for values in own.values())]
+    if not common:
+        return None
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     places = [*PAPER, *(model for model in own if model not in PAPER)]
-    if common:
-        means = [
-            {places.index(model): sum(values[i] for i in common) / len(common) for model, values in of_models.items()}
-            for of_models in (own, PAPER)
-        ]
-        for which, (label, style) in enumerate((("this run", "-"), ("the paper", "--"))):
-            curve, other = means[which], means[1 - which]
-            axes.plot(curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label)
-            for x, y in curve.items():
-                higher = (y, -which) > (other.get(x, y), which - 1)
-                axes.annotate(
-                    f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7 if higher else -14), ha="center",
-                    fontsize=8, color=COLORS[which],
-                )  # fmt: skip
-        axes.legend(frameon=False)
+    means = [
+        {places.index(model): sum(values[i] for i in common) / len(common) for model, values in of_models.items()}
+        for of_models in (own, PAPER)
+    ]
+    for which, (label, style) in enumerate((("this run", "-"), ("the paper", "--"))):
+        curve, other = means[which], means[1 - which]
+        axes.plot(curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label)
+        for x, y in curve.items():
+            higher = (y, -which) > (other.get(x, y), which - 1)
+            axes.annotate(
+                f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7 if higher else -14), ha="center",
+                fontsize=8, color=COLORS[which],
+            )  # fmt: skip
+    axes.legend(frameon=False)
     axes.set_xticks(range(len(places)), [shown(model) for model in places])
-    names = ", ".join(LEADERBOARD[i][2] for i in common) or "no task that all models have"
-    names = "the six tasks" if len(common) == len(LEADERBOARD) else names
+    names = "the six tasks" if len(common) == len(LEADERBOARD) else ", ".join(LEADERBOARD[i][2] for i in common)
     axes.set_title(f"Average by iteration: {names}", fontsize=11)
     axes.set_ylabel("percent")
     axes.margins(y=0.15)
@@ -180,31 +198,38 @@ def plot_average(run: Path, found: dict[str, dict]) -> Path:
 
 
 def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
-    """tasks.png: bars by iteration for each task, one standard error on them, the paper's numbers as ticks."""
+    """tasks.png: for each task that there is, bars by iteration, one standard error on them, the paper's numbers as lines."""
     plt = pyplot()
-    figure, grid = plt.subplots(2, 3, figsize=(11, 6.4))
-    for i, (axes, (task, metric, name)) in enumerate(zip(grid.flat, LEADERBOARD)):
-        there = {model: tasks[task] for model, tasks in found.items() if task in tasks}
-        for x, (model, values) in enumerate(there.items()):
-            place = list(found).index(model)
-            error = values.get(f"{metric}_stderr")
+    there = [i for i, (task, *_) in enumerate(LEADERBOARD) if any(task in tasks for tasks in found.values())]
+    rows, columns = (2, (len(there) + 1) // 2) if len(there) > 3 else (1, len(there))
+    figure, grid = plt.subplots(rows, columns, figsize=(1 + 3.4 * columns, 0.6 + 2.9 * rows), squeeze=False)
+    for axes in grid.flat[len(there) :]:
+        axes.set_visible(False)
+    for i, axes in zip(there, grid.flat):
+        task, metric, name = LEADERBOARD[i]
+        models = [model for model, tasks in found.items() if task in tasks]
+        ends = []
+        for x, model in enumerate(models):
+            place, value = list(found).index(model), 100 * found[model][task][metric]
+            error = 100 * found[model][task].get(f"{metric}_stderr", math.nan)
+            error = 0.0 if math.isnan(error) else error
             axes.bar(
-                x, 100 * values[metric], color=COLORS[place % len(COLORS)], hatch=HATCHES[place % len(HATCHES)],
-                edgecolor="white", yerr=100 * error if error is not None and not math.isnan(error) else None, capsize=3,
+                x, value, color=COLORS[place % len(COLORS)], hatch=HATCHES[place % len(HATCHES)], edgecolor="white",
+                yerr=error or None, capsize=3,
             )  # fmt: skip
+            axes.annotate(f"{value:.1f}", (x, value + error), textcoords="offset points", xytext=(0, 3), ha="center", fontsize=8)
+            ends += [value - error, value + error]
             if model in PAPER:
                 axes.plot([x - 0.45, x + 0.45], [PAPER[model][i]] * 2, color="black", linewidth=1.6)
-        slant = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if set(there) - set(PAPER) else {}
-        axes.set_xticks(range(len(there)), [_short(model) for model in there], fontsize=9, **slant)
-        values = [100 * of[metric] for of in there.values()] + [PAPER[model][i] for model in there if model in PAPER]
-        if values:
-            span = max(values) - min(values)
-            axes.set_ylim(max(0, min(values) - 0.5 * span - 2), max(values) + 0.3 * span + 2)
+                ends.append(PAPER[model][i])
+        slant = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if set(models) - set(PAPER) else {}
+        axes.set_xticks(range(len(models)), [_short(model) for model in models], fontsize=9, **slant)
+        span = max(ends) - min(ends)
+        axes.set_ylim(max(0, min(ends) - 0.3 * span - 1), max(ends) + 0.2 * span + 1)
         axes.set_title(f"{name}, percent", fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    title = "Tasks by iteration (black lines: the paper's numbers; whiskers: one standard error; axes do not start at 0)"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("Black lines: the paper's. Whiskers: one standard error. Axes do not start at 0.", fontsize=9)
     return save(plt, figure, run / "tasks.png")
 
 

@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, c
 
 def test_a_disk_without_room_is_refused(tmp_path):
     check_room(tmp_path / "not/there/yet", 10)
-    with pytest.raises(OSError, match="will take 1000000.0 GB, and the disk has .*; make room"):
+    with pytest.raises(OSError, match="will take 1000000.000 GB, and the disk has .*; make room"):
         check_room(tmp_path / "not/there/yet", 10**15)
     (tmp_path / "checkpoints/step-000007").mkdir(parents=True)
     assert [room_needed(tmp_path / "checkpoints", 10, keep) for keep in (1, 2)] == [10, 20]
@@ -147,6 +147,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
         save = Checkpoints.save
         def limited(self, step):
             if step == 4:  # from here on no file may be longer than a checkpoint's: as on a disk that is full
+                self.wait()
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             save(self, step)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 
 import pyarrow
@@ -14,7 +15,7 @@ from conftest import random_ids, reference, run_script, small_config, small_mode
 from model.mistral import Mistral
 from model.sampler import generate
 from model.weights import save_model
-from spin.config import build
+from spin.config import Data, build
 from spin.evaluation.benchmark import StopStrings
 from spin.evaluation.compare import compare
 from spin.evaluation.heldout import extract
@@ -194,8 +195,9 @@ def test_a_killed_evaluation_goes_on_and_a_finished_task_is_not_run_again(folder
 
 @pytest.mark.parametrize(
     "change, message",
-    [(["--harness", "0.4.0"], "another harness of arc_challenge"), (["--limit", "3"], "another limit"),
-     (["--evaluate.seed=5"], "another seed of mt_bench")],
+    [(["--harness", "0.4.0"], "made with harness = 0.4.13, not 0.4.0 (arc_challenge, winogrande, truthfulqa_mc2, …)"),
+     (["--limit", "3"], "number of documents = 5, not 3 (arc_challenge, winogrande"),
+     (["--evaluate.seed=5"], "seed = 1, not 5 (mt_bench)"), (["--dtype", "bfloat16"], "dtype = float32, not bfloat16")],
 )  # fmt: skip
 def test_results_of_other_settings_are_refused(folder, out, change, message):
     assert message in evaluated(folder, out, *change, fails=True)
@@ -224,9 +226,54 @@ def change(folder, tmp_path, repository, configuration, split, edit):
     return {"evaluate.data": str(tmp_path / "data"), "evaluate.dtype": "float32"}
 
 
+def test_what_a_model_is_too_short_for_is_refused_before_anything_runs(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "short")
+    file = tmp_path / "short/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 40}))
+    for tasks, message in (("mmlu_virology,gsm8k", "gsm8k: the model reads 40 tokens: no room"),
+                           ("mmlu_virology,truthfulqa_mc2", "parquet:.*: a choice longer than the model reads, 40 tokens")):  # fmt: skip
+        output = evaluated(folder, tmp_path / "out", model=tmp_path / "short", tasks=tasks, fails=True)
+        assert re.search(message, output) and "token/s" not in output
+        assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iteration_are_its_own(folder, tmp_path, letters):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "model", run / "base/model")
+    shutil.copytree(folder / "other", run / "iter0/model")
+    shutil.copytree(folder / "other", run / "iter1/model")
+    write_jsonl(tmp_path / "heldout.jsonl", [{"prompt": "a", "response": "b"}] * 3)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'''
+        [run]
+        dir = "{run}"
+        [evaluate]
+        heldout = "{tmp_path}/heldout.jsonl"
+        data = "{folder}/data"
+        max_new_tokens = 3
+        dtype = "float32"
+        [[iteration]]
+        evaluate.tasks = "heldout"
+        [[iteration]]
+        evaluate.tasks = "heldout,openbookqa"
+        '''
+    )
+    output = run_script("evaluate.py", "--config", str(recipe), "--iter", "base,0-1")
+    assert {name: set(results(run / f"{name}/evaluation")) for name in ("base", "iter0", "iter1")} == {
+        "base": {"heldout"}, "iter0": {"heldout"}, "iter1": {"heldout", "openbookqa"}}  # fmt: skip
+    assert "| iteration 1 |" in output
+    more = ["--iter", "0", "--tasks", "heldout,openbookqa,bigbench", "--harness", "0.4.0"]
+    run_script("evaluate.py", "--config", str(recipe), *more)
+    assert len(results(run / "iter0/evaluation")) == 5
+    assert "finished, nothing to do" in run_script("evaluate.py", "--config", str(recipe), "--iter", "1")
+
+
 @pytest.mark.parametrize(
     "task, where, edit, message",
     [
+        ("arc_challenge", ("ai2_arc", "ARC-Challenge", "test"), lambda r: r[0]["choices"]["text"].pop(), ":1: 3 choices for 4"),
+        ("openbookqa", ("openbookqa", "main", "test"), lambda r: r[3]["choices"]["text"].__setitem__(1, None), ":4: a choice must"),
         ("arc_challenge", ("ai2_arc", "ARC-Challenge", "test"), lambda r: r[2].update(answerKey="Z"), ":3: the answer key 'Z'"),
         ("arc_challenge", ("ai2_arc", "ARC-Challenge", "train"), lambda r: r[1].update(answerKey="9"), "train.*:2: the answer"),
         ("gsm8k", ("gsm8k", "main", "test"), lambda r: [row.pop("answer") for row in r], "no 'answer', found 'question'"),
@@ -284,14 +331,19 @@ def test_two_models_are_compared_document_by_document(folder, out, tmp_path):
     means = [sum(row["acc"] for row in part) / 5 for part in (a, b)]
     values = f"{means[0]:.4f} | {means[1]:.4f} | {means[1] - means[0]:+.4f} | {len(lost)} | {len(won)} | {p:.4f}"
     assert f"| mmlu_virology | acc | 5 | {values} |" in text
-    assert f"mmlu_virology acc, only B right: {', '.join(map(str, won)) or 'none'}" in text
+    assert not won or f"mmlu_virology acc, only B right: {', '.join(map(str, won))}" in text
     assert "| truthfulqa_mc2 | acc | 5 |" in text
 
 
 def test_what_was_not_asked_the_same_is_not_compared(folder, out, tmp_path):
-    evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="winogrande")
-    with pytest.raises(ValueError, match="winogrande: A and B were not asked the same"):
+    evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="truthfulqa_mc2")  # its texts are the same
+    with pytest.raises(ValueError, match=r"not asked the same: truthfulqa_mc2 \(another harness, bos\)"):
         compare(out, tmp_path / "old")
+    shutil.copytree(out, tmp_path / "part")
+    rows = results(out)["winogrande"]
+    write_jsonl(tmp_path / "part/winogrande.jsonl", [rows[0] | {"hash": "other"}, *rows[1:]])
+    text = compare(out, tmp_path / "part")
+    assert "winogrande (another documents or examples)" in text and "| arc_challenge | acc |" in text
     with pytest.raises(FileNotFoundError, match="an evaluation's directory is needed"):
         compare(out, tmp_path)
 
@@ -324,7 +376,7 @@ def test_the_second_turn_is_asked_with_the_first_answer(folder):
                 yield type("Response", (), {"index": place, "ids": [f" answer to {len(json.loads(prompt[0]))} "]})
 
     asked = []
-    task = MTBench(build({"evaluate.data": str(folder / "data"), "run.dir": "runs/x"}))
+    task = MTBench(build({"evaluate.data": str(folder / "data")}).evaluate, Data(), "zephyr")
     rows = list(task.answers(Engine(), [0, 2]))
     assert [row["choices"][0]["turns"] for row in rows] == [["answer to 1", "answer to 3"]] * 2
     assert rows[0]["model_id"] == "x-iter0"
@@ -333,13 +385,26 @@ def test_the_second_turn_is_asked_with_the_first_answer(folder):
     assert sorted({temperature for temperature, _ in asked}) == [0.1, 0.7]
 
 
+def test_mc2_of_the_papers_harness_ends_at_the_first_false_answer():
+    task = BENCHMARKS["truthfulqa_mc2"]
+    row = {"question": "q", "mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
+    mass = [math.exp(-1), math.exp(-2), math.exp(-3)]
+    measured = lambda harness: task.measured(task.question(row), [-1.0, -2.0, -3.0], harness)["acc"]  # noqa: E731
+    assert measured("0.4.13") == pytest.approx((mass[0] + mass[2]) / sum(mass))
+    assert measured("0.4.0") == pytest.approx(mass[0] / sum(mass))
+    assert math.isnan(task.measured(task.question(row), [-800.0, -900.0, -850.0], "0.4.13")["acc"])
+
+
 def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
     verdict = lambda model, turn, score: {"question_id": 81, "model": model, "turn": turn, "score": score}  # noqa: E731
     scores = [verdict("a", 1, 8), verdict("a", 1, 6), verdict("a", 2, 4), verdict("a", 2, -1), verdict("b", 1, 10)]
     write_jsonl(tmp_path / "gpt-4_single.jsonl", scores)
     assert read_judgments(tmp_path) == {"a": {"turn 1": 7, "turn 2": 4, "average": 6}, "b": {"turn 1": 10, "average": 10}}
-    write_jsonl(tmp_path / "pairs.jsonl", [{"winner": "model_1"}])
-    with pytest.raises(ValueError, match="pairs.jsonl:1: a verdict needs"):
+    write_jsonl(tmp_path / "gpt-4_single.jsonl", [{"winner": "model_1"}])
+    with pytest.raises(ValueError, match="single.jsonl:1: a verdict needs"):
+        read_judgments(tmp_path)
+    write_jsonl(tmp_path / "claude_single.jsonl", scores)
+    with pytest.raises(ValueError, match="one judge's verdicts"):
         read_judgments(tmp_path)
 
 

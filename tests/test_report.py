@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, write_jsonl
 
+from spin.leaderboard import DOCUMENTS, LEADERBOARD
 from spin.markdown import marked
 from spin.report import evaluations, plot_training, table, write_report
 from spin.talk import side_by_side
@@ -89,12 +90,14 @@ def test_answers_stand_side_by_side_or_one_below_the_other():
     assert side_by_side(texts, 50) == "base\n----\none two three\n\nfour\n\niteration 0\n-----------\na"
 
 
-def benchmark_results(directory, shift, tasks=("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")):
+def benchmark_results(directory, shift, tasks=tuple(name for name, *_ in LEADERBOARD), divisor=1):
     metrics = ("acc", "acc_norm", "exact_match", "acc_by_subject")
     task = {"documents": 100, "few_shot": 5, "harness": "0.4.0", "truncated": 2, "subjects": 6, "of_subjects": 57}
     task |= {metric: 0.5 + shift for metric in metrics} | {f"{metric}_stderr": 0.05 for metric in metrics}
     directory.mkdir(parents=True)
-    (directory / "summary.json").write_text(json.dumps({"tasks": dict.fromkeys(tasks, task)}))
+    sizes = {name: count for (name, *_), count in zip(LEADERBOARD, DOCUMENTS)}
+    found = {name: task | {"documents": sizes.get(name, 100) // divisor} for name in tasks}
+    (directory / "summary.json").write_text(json.dumps({"tasks": found}))
 
 
 def test_the_leaderboard_stands_beside_the_papers(tmp_path):
@@ -106,7 +109,7 @@ def test_the_leaderboard_stands_beside_the_papers(tmp_path):
     assert "| — the paper | 60.41 | 43.73 | 74.19 | 26.76 | 82.85 | 60.92 | 58.14 |" in text
     assert "| — difference | -10.90 | +3.32 | -20.19 | +17.40 | -31.88 | -7.53 | -8.30 |" in text
     assert "| zephyr-7b-beta |" in text and "MMLU: 6 of its 57 subjects" in text
-    assert "harness 0.4.0" in text and "arc_challenge 2" in text
+    assert "harness 0.4.0" in text and "arc_challenge: 2 contexts cut at the left" in text
     for name in ("average", "tasks", "radar"):
         assert f"({name}.png)" in text and is_picture(tmp_path / f"{name}.png")
 
@@ -117,6 +120,14 @@ def test_a_leaderboard_that_is_not_complete_shows_what_there_is(tmp_path):
     text = write_report(tmp_path).read_text()
     assert "| iteration 0 | 52.50 ± 5.00 |  |  |  |  |  |  |" in text and "openbookqa acc_norm" in text
     assert is_picture(tmp_path / "average.png") and not (tmp_path / "radar.png").exists()
+
+
+def test_parts_of_the_tasks_are_not_set_against_the_papers_whole_ones(tmp_path):
+    benchmark_results(tmp_path / "base/evaluation", 0)
+    benchmark_results(tmp_path / "iter0/evaluation", 0.025, divisor=10)
+    text = write_report(tmp_path).read_text()
+    assert "| — difference |  |  |  |  |  |  |  |" in text and "| — difference | -10.41 |" in text
+    assert "SFT model: Scored as" in text and "iteration 0: Scored as" in text and "arc_challenge 117," in text
 
 
 def test_judgments_stand_in_the_report(tmp_path):

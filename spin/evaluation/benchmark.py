@@ -22,7 +22,21 @@ class Benchmark:
         return len(self.documents)
 
     def origin(self) -> dict:
-        return {"data": self.documents.digest, "harness": self.documents.harness}
+        documents = self.documents
+        return {"data": documents.digest, "harness": documents.harness, "number of documents": len(documents)}
+
+    def check(self, tokenizer: Tokenizer, max_length: int) -> None:
+        if not isinstance(self.task, MultipleChoice):
+            if max_length <= self.task.max_new_tokens:
+                raise ValueError(f"{self.name}: the model reads {max_length} tokens: no room for an answer; leave it out")
+            return
+        for where, question in zip(self.documents.where, self.documents.questions):
+            for choice in question.choices:  # a token has at least a byte; the blank in front may be one more
+                if len(choice.encode()) >= max_length - 1 and len(tokenizer.encode(choice)) >= max_length - 1:
+                    raise ValueError(
+                        f"{where}: a choice longer than the model reads, {max_length} tokens (max_position_embeddings); "
+                        f"leave {self.name} out"
+                    )
 
     def cost(self, doc: int) -> float:
         question, before = self.documents.questions[doc], len(self.documents.examples[doc])
@@ -37,7 +51,7 @@ class Benchmark:
             yield from by(engine, docs[start : start + SLICE])
 
     def _scored(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
-        settings, harness = engine.config.evaluate, self.documents.harness
+        settings, harness = engine.settings, self.documents.harness
         requests: list[list[Request]] = []
         about: list[dict] = []
         for doc in docs:
@@ -59,8 +73,6 @@ class Benchmark:
 
     def _generated(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
         harness, most = self.documents.harness, engine.max_length - self.task.max_new_tokens
-        if most < 1:
-            raise ValueError(f"{self.name}: the model reads {engine.max_length} tokens: no room for an answer")
         asked = [self.documents.examples[doc] + self.documents.questions[doc][0] for doc in docs]
         prompts = [engine.encoder.encode(text) for text in asked]
         stops = self.task.stops(harness)

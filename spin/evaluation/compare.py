@@ -23,16 +23,19 @@ def compare(a: Path, b: Path) -> str:
             raise FileNotFoundError(f"{directory / 'summary.json'}: no such file; an evaluation's directory is needed")
         summaries.append(read_json(directory / "summary.json"))
     lines = [
-        f"A: {a}\nB: {b}\n",
         "| task | metric | documents | A | B | B - A | only A right | only B right | p |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    flips = []
+    flips, others = [], []
     names = [name for name in summaries[0]["tasks"] if name in summaries[1]["tasks"] and (a / f"{name}.jsonl").is_file()]
     for name in names:
         rows = [_rows(directory / f"{name}.jsonl") for directory in (a, b)]
-        if [_identity(row) for row in rows[0]] != [_identity(row) for row in rows[1]]:
-            raise ValueError(f"{name}: A and B were not asked the same (other documents, harness, examples or template)")
+        # The data's own digest may differ where the documents asked do not.
+        asked = [summary["origins"][name] | {"data": [_identity(row) for row in part]} for summary, part in zip(summaries, rows)]
+        if differing := [key for key in asked[0] if asked[0][key] != asked[1].get(key)]:
+            what = ["documents or examples" if key in ("data", "documents") else key for key in differing]
+            others.append(f"{name} (another {', '.join(dict.fromkeys(what))})")
+            continue
         for metric in (metric for metric in METRICS if metric in rows[0][0]):
             lines.append(_line(name, metric, *([row[metric] for row in part] for part in rows)))
             if isinstance(rows[0][0][metric], int):
@@ -40,12 +43,16 @@ def compare(a: Path, b: Path) -> str:
                     [str(x["doc"]) for x, y in zip(*rows) if (x[metric], y[metric]) == pair] for pair in ((1, 0), (0, 1))
                 )
                 for what, docs in (("only A right", lost), ("only B right", won)):
-                    more = f" and {len(docs) - SHOWN} more" if len(docs) > SHOWN else ""
-                    flips.append(f"{name} {metric}, {what}: {', '.join(docs[:SHOWN]) + more if docs else 'none'}")
-    if not flips and len(lines) == 3:
-        raise ValueError(f"{a} and {b} have no task in common")
+                    if docs:
+                        more = f" and {len(docs) - SHOWN} more" if len(docs) > SHOWN else ""
+                        flips.append(f"- {name} {metric}, {what}: {', '.join(docs[:SHOWN])}{more}")
+    if len(lines) == 2:
+        which = f"; not asked the same: {', '.join(others)}" if others else ""
+        raise ValueError(f"{a} and {b} have no task with scores to compare{which}")
     note = "p: two-sided, of a difference as large if A and B were equally good; not corrected for the number of tasks."
-    return "\n".join([*lines, "", note, "", "Documents by number:", "", *(f"- {flip}" for flip in flips)])
+    left_out = [f"Not compared, for they were not asked the same: {', '.join(others)}.\n"] if others else []
+    flipped = ["Documents that flipped, by number:\n", *flips, ""] if flips else []
+    return "\n".join([*flipped, *left_out, f"A: {a}\nB: {b}\n", *lines, "", note])
 
 
 def _line(name: str, metric: str, a: list[float], b: list[float]) -> str:

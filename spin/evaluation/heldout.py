@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from spin.config import Config
+from model.tokenizer import Tokenizer
+from spin.config import Data, Evaluate
 from spin.data import data_files, digest, encode_prompts, load_examples, real_only, tokenize
 from spin.evaluation.engine import Engine
 from spin.evaluation.statistics import mean_and_stderr
 from spin.logps import response_logps
 from spin.packing import flops, micro_batches, pack
+
+SLICE = 1024  # documents that are answered before their rows are given
 
 
 class Heldout:
@@ -23,25 +26,25 @@ class Heldout:
 
     name = "heldout"
 
-    def __init__(self, config: Config):
-        self.config, self.dropped, self.cut = config, Counter(), Counter()
-        pattern = config.evaluate.answer_pattern
+    def __init__(self, settings: Evaluate, data: Data, template: str):
+        self.settings, self.data, self.template, self.dropped = settings, data, template, Counter()
+        pattern = settings.answer_pattern
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
             raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
         if pattern and groups != 1:
             raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
-        examples = real_only(load_examples(config.evaluate.heldout, config.data, self.dropped))
-        self.examples = examples[: config.evaluate.limit or None]
+        examples = real_only(load_examples(settings.heldout, data, self.dropped))
+        self.examples = examples[: settings.limit or None]
 
     @staticmethod
-    def missing(config: Config) -> str:
+    def missing(settings: Evaluate) -> str:
         """What is not there; empty if all is."""
-        if not config.evaluate.heldout:
+        if not settings.heldout:
             return "evaluate.heldout is not set: prompts with right answers, a path like data.path"
         try:
-            data_files(config.evaluate.heldout)
+            data_files(settings.heldout)
         except FileNotFoundError as error:
             return f"evaluate.heldout: {error}"
         return ""
@@ -50,21 +53,27 @@ class Heldout:
         return len(self.examples)
 
     def origin(self) -> dict:
-        settings = self.config.evaluate
         return {
             "documents": digest(self.examples),
-            "template": self.config.train.template,
-            "lengths": [self.config.data.max_length, self.config.data.max_prompt_length],
-            **{key: getattr(settings, key) for key in ("answer_pattern", "max_new_tokens", "temperature", "seed")},
+            "number of documents": len(self),
+            "template": self.template,
+            "lengths": [self.data.max_length, self.data.max_prompt_length],
+            **{key: getattr(self.settings, key) for key in ("answer_pattern", "max_new_tokens", "temperature", "seed")},
         }
 
+    def check(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """Its lengths are the recipe's."""
+
     def cost(self, doc: int) -> float:
-        return len(self.examples[doc].question) / 3.5 + 8 * self.config.evaluate.max_new_tokens
+        return len(self.examples[doc].question) / 3.5 + 8 * self.settings.max_new_tokens
 
     def answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
-        settings, examples, counts = self.config.evaluate, [self.examples[doc] for doc in docs], Counter()
-        template, data = self.config.train.template, self.config.data
-        prompts = encode_prompts(examples, engine.tokenizer, template, data, counts)
+        for start in range(0, len(docs), SLICE):
+            yield from self._answers(engine, docs[start : start + SLICE])
+
+    def _answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        settings, template, examples = self.settings, self.template, [self.examples[doc] for doc in docs]
+        prompts = encode_prompts(examples, engine.tokenizer, template, self.data, Counter())
 
         def texts(temperature: float) -> list[str]:
             result = [""] * len(docs)
@@ -97,8 +106,8 @@ class Heldout:
     @torch.inference_mode()
     def _logps(self, engine: Engine, examples: Sequence) -> tuple[list[float], list[bool]]:
         """log p(right answer | prompt) of each example, in nats, and whether the answer was cut."""
-        settings, eos = self.config.evaluate, engine.tokenizer.eos_id
-        items = tokenize(examples, engine.tokenizer, self.config.train.template, self.config.data, Counter())
+        settings, eos = self.settings, engine.tokenizer.eos_id
+        items = tokenize(examples, engine.tokenizer, self.template, self.data, Counter())
         lengths = [item.packed_length for item in items]
         (plan,) = micro_batches(lengths, [flops(engine.model.config, item) for item in items], 1, settings.token_budget)
         logps = torch.zeros(len(items))

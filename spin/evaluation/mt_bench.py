@@ -7,15 +7,18 @@ data/mt_bench/model_judgment/<judge>_single.jsonl, goes to <run>/mt_bench_judgme
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from spin.config import Config
+from model.tokenizer import Tokenizer
+from spin.config import Data, Evaluate
 from spin.data import read_rows
 from spin.evaluation.engine import Engine
 from spin.files import file_digest
 
+log = logging.getLogger("spin")
 QUESTIONS = "mt_bench/question.jsonl"
 MAX_NEW_TOKENS = 1024
 # FastChat's temperatures by category; 0.7 where it says nothing.
@@ -28,15 +31,17 @@ class MTBench:
 
     name = "mt_bench"
 
-    def __init__(self, config: Config):
-        self.config, self.file = config, Path(config.evaluate.data) / QUESTIONS
+    def __init__(self, settings: Evaluate, data: Data, template: str):
+        self.settings, self.template, self.file = settings, template, Path(settings.data) / QUESTIONS
         self.questions = [self._checked(where, row) for where, row in read_rows(str(self.file))]
-        self.questions = self.questions[: config.evaluate.limit or None]
+        self.questions = self.questions[: settings.limit or None]
+        if template == "plain":
+            log.warning("mt_bench: the questions are put as they are; for a chat model set train.template, to zephyr, say")
 
     @staticmethod
-    def missing(config: Config) -> str:
+    def missing(settings: Evaluate) -> str:
         """What is not there, with the command that gets it; empty if all is."""
-        file = Path(config.evaluate.data) / QUESTIONS
+        file = Path(settings.data) / QUESTIONS
         if file.is_file():
             return ""
         source = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/mt_bench/question.jsonl"
@@ -44,8 +49,8 @@ class MTBench:
 
     @staticmethod
     def _checked(where: str, row: dict) -> dict:
-        turns = row.get("turns")
-        if "question_id" not in row or not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        turns = row.get("turns") if isinstance(row, dict) else None
+        if turns is None or "question_id" not in row or not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f"{where}: a question needs question_id, category and a list of turns")
         return row
 
@@ -53,8 +58,11 @@ class MTBench:
         return len(self.questions)
 
     def origin(self) -> dict:
-        seed, template = self.config.evaluate.seed, self.config.train.template
-        return {"documents": file_digest(self.file), "template": template, "seed": seed}
+        return {"documents": file_digest(self.file), "number of documents": len(self), "template": self.template, "seed": self.settings.seed}
+
+    def check(self, tokenizer: Tokenizer, max_length: int) -> None:
+        if max_length <= MAX_NEW_TOKENS:
+            raise ValueError(f"mt_bench: the model reads {max_length} tokens: no room for an answer; leave it out")
 
     def cost(self, doc: int) -> float:
         return 4 * MAX_NEW_TOKENS * len(self.questions[doc]["turns"])
@@ -68,29 +76,29 @@ class MTBench:
                 for doc in together:
                     talks[doc].append({"role": "user", "content": self.questions[doc]["turns"][turn]})
                 most = engine.max_length - MAX_NEW_TOKENS
-                if most < 1:
-                    raise ValueError(f"mt_bench: the model reads {engine.max_length} tokens: no room for an answer")
-                prompts = [engine.tokenizer.encode_prompt(talks[doc], self.config.train.template)[-most:] for doc in together]
+                prompts = [engine.tokenizer.encode_prompt(talks[doc], self.template)[-most:] for doc in together]
                 stream = engine.generate(
                     prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
-                    seed=self.config.evaluate.seed + turn, streams=together,
+                    seed=self.settings.seed + turn, streams=together,
                 )  # fmt: skip
                 for response in stream:
                     doc = together[response.index]
                     text = engine.tokenizer.decode_continuation(response.ids).strip()
                     talks[doc].append({"role": "assistant", "content": text})
                     engine.tick(self.cost(doc) / len(self.questions[doc]["turns"]))
-        for doc in docs:
-            question, turns = self.questions[doc], [said["content"] for said in talks[doc] if said["role"] == "assistant"]
-            identity = hashlib.sha256(json.dumps([engine.name, question["question_id"], turns]).encode()).hexdigest()[:22]
-            yield {
-                "doc": doc,
-                "question_id": question["question_id"],
-                "answer_id": identity,
-                "model_id": engine.name,
-                "choices": [{"index": 0, "turns": turns}],
-                "tstamp": time.time(),
-            }
+                    if turn == len(self.questions[doc]["turns"]) - 1:
+                        yield self._answer(engine.name, doc, [said["content"] for said in talks[doc][1::2]])
+
+    def _answer(self, model: str, doc: int, turns: list[str]) -> dict:
+        question = self.questions[doc]["question_id"]
+        return {
+            "doc": doc,
+            "question_id": question,
+            "answer_id": hashlib.sha256(json.dumps([model, question, turns]).encode()).hexdigest()[:22],
+            "model_id": model,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+        }
 
     def temperature(self, doc: int) -> float:
         return TEMPERATURES.get(self.questions[doc].get("category"), 0.7)
@@ -106,9 +114,12 @@ def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
     Verdicts without a score (-1) are left out, as FastChat's show_result.py does.
     """
     scores: dict[str, dict[int, list[float]]] = {}
-    for file in sorted(directory.glob("*.jsonl")):
+    files = sorted(directory.glob("*.jsonl"))
+    if len(files) > 1:
+        raise ValueError(f"{directory}: {len(files)} files, where one judge's verdicts are wanted: {files[0].name}, …")
+    for file in files:
         for where, row in read_rows(str(file)):
-            if not {"model", "score", "turn"} <= row.keys():
+            if not isinstance(row, dict) or not {"model", "score", "turn"} <= row.keys():
                 raise ValueError(f"{where}: a verdict needs model, turn and score; is it FastChat's single-answer grading?")
             if row["score"] != -1:
                 scores.setdefault(row["model"], {}).setdefault(row["turn"], []).append(row["score"])

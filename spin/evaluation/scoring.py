@@ -71,7 +71,8 @@ class Encoder:
             count = len(ids) - len(self.encode(context))
         else:
             own = self.tokenizer.encode(continuation)
-            ids, count = [self.tokenizer.bos_id, *own], len(own)
+            start = self.tokenizer.bos_id if self.tokenizer.bos_id >= 0 else self.tokenizer.eos_id
+            ids, count = [start, *own], len(own)
         if not 0 < count <= most:
             raise ValueError(f"{where}: a choice of {count} tokens, where 1 to {most} can be scored: {continuation!r:.200}")
         return Request(ids[-(most + 1) :], count), len(ids) > most + 1

@@ -71,6 +71,8 @@ class Source:
         rows = []
         for file in self.files(data, split):
             for where, row in read_rows(str(file)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")
                 lacking = [column for column in columns if row.get(column) is None]
                 if lacking:
                     raise ValueError(f"{where}: no {lacking[0]!r}, found {', '.join(map(repr, row))}; is it {self.repository}?")
@@ -91,6 +93,8 @@ def _openbookqa(row: dict) -> Question:
 def _labelled(text: str, choices: dict, answer: str) -> Question:
     if answer not in choices["label"]:
         raise ValueError(f"the answer key {answer!r} is none of the labels {', '.join(map(repr, choices['label']))}")
+    if len(choices["text"]) != len(choices["label"]):
+        raise ValueError(f"{len(choices['text'])} choices for {len(choices['label'])} labels")
     return _question(text, choices["text"], choices["label"].index(answer))
 
 
@@ -194,9 +198,14 @@ class MultipleChoice:
 
     def _read(self, where: str, row: dict) -> Question:
         try:
-            return self.question(row)
+            question = self.question(row)
+            for text in (*question.texts, *question.choices):
+                if not isinstance(text, str):
+                    raise ValueError(f"a choice must be a text, not {text!r}")
+                text.encode()
+            return question
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from None
+            raise ValueError(f"{where}: {error if type(error) is ValueError else repr(error)}") from None
 
     def measured(self, question: Question, scores: Sequence[float], harness: str) -> dict:
         """Prediction and metrics of one document from its choices' log-likelihoods."""
