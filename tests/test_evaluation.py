@@ -421,3 +421,17 @@ def test_the_tables_columns_are_the_papers():
     averages = [round(sum(row) / 6, 2) for row in PAPER.values()]
     assert averages == pytest.approx([58.14, 60.80, 62.12, 62.97, 63.16], abs=0.011)
     assert {task for task, *_ in LEADERBOARD} <= {*BENCHMARKS, "mmlu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("shared", [0, 200])
+def test_on_a_gpu_log_likelihoods_in_bf16_are_those_of_fp32_on_the_cpu_within_rounding(window, shared):
+    model = small_model(hidden_size=256, head_dim=64, sliding_window=window).eval()
+    asked = documents(random.Random(1), shared)
+    expected = dict(loglikelihoods(model, asked, 10_000, 64))
+    got = dict(loglikelihoods(model.to("cuda", torch.bfloat16), asked, 10_000, 64))
+    apart = torch.tensor([a - b for i in expected for a, b in zip(expected[i], got[i], strict=True)])
+    size = torch.tensor([a for scores in expected.values() for a in scores])
+    assert apart.norm() < 3e-2 * size.norm()
