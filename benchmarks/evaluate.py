@@ -49,6 +49,7 @@ FAMILIES = {  # of tasks that cost alike
 # Documents of the leaderboard's tasks, for the projection.
 WHOLE = {"arc_challenge": 1172, "truthfulqa_mc2": 817, "winogrande": 1267, "hellaswag": 10042, "mmlu": 14042, "gsm8k": 1319}
 BATCH_SIZES = (1, 4, 16)
+SHAPES = {"7b": SEVEN_B, "60m": CONFIG}
 
 
 class Ours:
@@ -168,11 +169,10 @@ def small_weights(directory: Path, config: ModelConfig = CONFIG) -> None:
     write_tokenizer_json(directory)
 
 
-def alone(shape: str, device: str, data: Path, names: list[str], limit: int) -> dict:
+def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit: int) -> dict:
     """Ours in bf16 with random weights: seconds and documents per second by task, and the leaderboard's projected hours."""
     import mistral_common
 
-    config = {"7b": SEVEN_B, "60m": CONFIG}[shape]
     changes = {"tasks": ",".join(names), "data": str(data), "limit": limit, "dtype": "bfloat16", "logit_chunk": 2048}
     settings: Config = build({f"evaluate.{key}": value for key, value in changes.items()})
     tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
@@ -207,7 +207,7 @@ def main() -> None:
     arguments.add_argument("--limit", type=int, default=24, help="documents of each task (default: %(default)s)")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--tasks", help="with commas; default: all that there is data for")
-    arguments.add_argument("--shape", choices=("7b", "60m"), help="ours alone, in this shape")
+    arguments.add_argument("--shape", choices=SHAPES, help="ours alone, in this shape")
     arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +217,7 @@ def main() -> None:
         data = options.data or work / "data"
         names = options.tasks.split(",") if options.tasks else [n for n, t in BENCHMARKS.items() if not t.source.missing(data)]
         if options.shape:
-            print(json.dumps({"name": "evaluate"} | alone(options.shape, options.device, data, names, options.limit)))
+            print(json.dumps({"name": "evaluate"} | alone(SHAPES[options.shape], options.device, data, names, options.limit)))
             return
         small_weights(work / "model")
         print(json.dumps(measure(work / "model", data, names, options.limit, options.repeats)))

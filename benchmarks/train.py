@@ -12,12 +12,6 @@ generated concatenated into 16 rows and padded to the longest; policy forward an
 every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master weights beside the bf16 ones, as
 DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage, which is counted once for two epochs, as in
 the paper's recipe. Losses of the steps are compared first. Each side has a process of its own.
-
-    python -m benchmarks.train --shape 7b --pairs 64        # on a GPU: ours alone, random weights, UltraChat-like pairs
-
-measures tokens/s, pairs/s, the share of a large matrix product's rate that the useful FLOPs are, and peak memory, by
-checkpointing, compilation and second moment, and projects the paper's iterations. No checkpoints are written there: that
-goes on beside training, and takes 58 GB of disk.
 """
 
 import argparse
@@ -37,9 +31,8 @@ from benchmarks.model import CONFIG, matmul_rate, memory_status
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import save_model
-from spin.checkpoint import Checkpoints
 from spin.config import Train
-from spin.distributed import ranks, sharded_model, this_device
+from spin.distributed import ranks, sharded_model
 from spin.opponent import score
 from spin.packing import Item, flops
 from spin.trainer import Schedule, train
@@ -52,15 +45,6 @@ SEVEN_B = ModelConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, sliding_window=4096,
 )  # fmt: skip
-SHAPES = {"7b": SEVEN_B, "60m": CONFIG}
-SETTINGS = (  # of one GPU: those of an 80 GB one, those of a larger one
-    {"activation_checkpointing": "full", "second_moment": "bfloat16"},
-    {"activation_checkpointing": "full"},
-    {"activation_checkpointing": "selective"},
-    {"activation_checkpointing": "none"},
-    {"activation_checkpointing": "full", "compile": True},
-    {"activation_checkpointing": "none", "compile": True},
-)
 MICRO_BATCH = 8  # pairs, as in the official recipe
 EPOCHS = 2  # over which the score stage is spread
 
@@ -217,57 +201,6 @@ def _memory() -> float:
     return memory_status("VmHWM") - before
 
 
-def alone(config: ModelConfig, items: list[Item], budget: int) -> dict[str, dict]:
-    """Ours on this device, by setting; what does not fit into its memory says so."""
-    result = {}
-    with ranks() as group, tempfile.TemporaryDirectory() as directory:
-        model = sharded_model(config, group, torch.bfloat16)
-        rate = matmul_rate(torch.bfloat16, group.device)
-        Checkpoints.save = lambda self, step: None
-        for changes in SETTINGS:
-            settings = part("bfloat16", len(items), 4, lr=1e-6, token_budget=budget, logit_chunk=2048, **changes)
-            for block in model.model["layers"]:
-                block.checkpointing = settings.activation_checkpointing
-                if settings.compile:
-                    block.before, block.after = (torch.compile(f, dynamic=True) for f in (block.before, block.after))
-            name = ", ".join(str(value) if value is not True else key for key, value in changes.items())
-            run = Path(directory) / name
-            if group.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            fits = True
-            try:
-                score(model, items, settings.token_budget, settings.logit_chunk, group)  # compiles
-                began = time.perf_counter()
-                opponent = score(model, items, settings.token_budget, settings.logit_chunk, group)
-                scored = time.perf_counter() - began
-                train(settings, model, items, opponent, run, group)
-            except torch.OutOfMemoryError as error:
-                result[name], fits = {"out of memory": str(error).splitlines()[0]}, False
-            if not fits:  # and the error is gone, with the frames that hold memory
-                print(f"{name}: {result[name]}", flush=True)
-                model.zero_grad()
-                model.reshard()
-                group.release_memory()
-                continue
-            log = [json.loads(line) for line in open(run / "metrics.jsonl")][1:]
-            seconds = len(items) / statistics.median(row["pairs_per_second"] for row in log)
-            useful = 3 * sum(flops(config, item) for item in items)
-            iteration = lambda pairs: (scored + 2 * seconds) * pairs / len(items) / 3600  # noqa: E731
-            result[name] = {
-                "pairs/s": round(len(items) / seconds, 2),
-                "tokens/s": round(sum(item.packed_length for item in items) / seconds),
-                "share of matmul rate": round(useful / seconds / rate, 3),
-                "peak_memory_gb": round(log[-1]["memory_gb"], 1),
-                "score pairs/s": round(len(items) / scored, 2),
-                "hours to score and train, 50k and 100k pairs": [round(iteration(n), 2) for n in (50_000, 100_000)],
-                "losses": [round(row["loss"], 4) for row in log],
-            }
-            print(f"{name}: {result[name]}", flush=True)
-            group.release_memory()
-        result["matmul TFLOP/s"] = round(rate / 1e12, 1)
-    return result
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", help="pairs.jsonl of GSM8K; without it, lengths are drawn to be like its")
@@ -275,15 +208,7 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=32, help="of a step")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--load", action="append", help="GSM8K, UltraChat-like or 'small vocabulary'; default: all")
-    arguments.add_argument("--shape", choices=SHAPES, help="ours alone, in this shape, on the GPU if there is one")
-    arguments.add_argument("--budget", type=int, default=8192, help="tokens of a micro-batch, with --shape")
     options = arguments.parse_args()
-    if options.shape:
-        _, items = loads(None, options.pairs)["UltraChat-like"]
-        figures = alone(SHAPES[options.shape], items, options.budget)
-        print(json.dumps({"name": f"train {options.shape}", "device": str(this_device()), "pairs": options.pairs} | figures))
-        return
-
     result = {"name": "train", "dtype": options.dtype, "threads": torch.get_num_threads(), "pairs": options.pairs}
     rate = matmul_rate(getattr(torch, options.dtype))
     result["matmul GFLOP/s"] = round(rate / 1e9)

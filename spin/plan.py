@@ -132,19 +132,19 @@ class Plan:
             self.optimizer = make_optimizer(part, self.parameters)
             self.optimizer.chunk = CHUNK["cuda"]
             with Memory() as memory:  # the optimizer's state is made, and DTensor learns the shapes
-                self._step(memory, _filling(64, config))
+                self._step(memory, filling(64, config))
 
     def train(self, budget: int) -> dict[str, int]:
         """Bytes by kind at the peak of a training step with two micro-batches of `budget` tokens."""
         with self.mode, Memory() as memory:
-            self._step(memory, _filling(budget, self.config))
+            self._step(memory, filling(budget, self.config))
         return memory.peak()
 
     def score(self, budget: int) -> dict[str, int]:
         """The same of a forward pass that keeps nothing, before there is an optimizer."""
         with self.mode, Memory() as memory, torch.no_grad():
             memory.name("parameters", self.parameters)
-            self._logps(_filling(budget, self.config))
+            self._logps(filling(budget, self.config))
             self.model.reshard()
         return memory.peak()
 
@@ -182,7 +182,7 @@ class Plan:
         self.optimizer.zero_grad()
 
 
-def _filling(budget: int, config: Config) -> list[Item]:
+def filling(budget: int, config: Config) -> list[Item]:
     """Pairs that fill a token budget, of the longest form that the recipe's lengths allow."""
     prompt = config.data.max_prompt_length
     response = config.data.max_length - prompt

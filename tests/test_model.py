@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_ids, reference, small_config, small_model
+from conftest import random_ids, reference, small_model
 
 from model.attention import Segments
 from model.kv_cache import KVCache

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment, run_script
 from safetensors.torch import load_file
-from test_scripts import alive, children, count_lines, metrics, rank_of
+from test_scripts import children, count_lines, metrics, rank_of
 
 BIN = Path(sys.executable).parent
 
