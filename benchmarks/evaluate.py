@@ -194,6 +194,7 @@ def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit:
     subjects = [value for name, value in rate.items() if name.startswith("mmlu_")]
     if subjects:
         rate["mmlu"] = len(subjects) / sum(1 / value for value in subjects)
+        result["mmlu"] = {"subjects": len(subjects), "documents/s": round(rate["mmlu"], 2)}
     hours = {name: WHOLE[name] / rate[name] / 3600 for name in WHOLE if name in rate}
     result["projected hours"] = {name: round(value, 3) for name, value in hours.items()} | {"all": round(sum(hours.values()), 3)}
     if device == "cuda":

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.evaluate import WHOLE
 from benchmarks.evaluate import alone as evaluated_alone
 from benchmarks.generate import SHAPES as GENERATE_SHAPES
 from benchmarks.generate import copy_rate
@@ -75,7 +76,14 @@ SHAPES = {
 }
 # What is assumed of an H200 where nothing was measured: the rate of a large bf16 product and of a copy.
 ASSUMED = {"matmul": 790e12, "copy": 4.1e12}
-AIMS = {"train": 0.60, "score": 0.70, "generate": 0.70}
+AIMS = {"train": 0.60, "score": 0.70, "generate": 0.70, "evaluate": 0.50}
+# Tokens of a document of the leaderboard's tasks beyond what is shared, of 40 to 100 of each under Mistral's tokenizer; of
+# GSM8K's prompts, and of its answers.
+DOCUMENT_TOKENS = {"arc_challenge": 1101, "truthfulqa_mc2": 66, "winogrande": 164, "hellaswag": 929, "mmlu": 149}
+GSM8K_TOKENS = (1087, 123)
+# What is predicted: 65% of the rate without recomputation (norms, rotations, SiLU and the optimizer are bound by memory),
+# a third more arithmetic for the same useful part where a block is computed twice, a little less lost where it is compiled.
+PREDICTED = {"full": 0.49, "selective": 0.60, "none": 0.65, "full, compiled": 0.52, "none, compiled": 0.70}
 TRANSFORMERS_AIM = 20  # times
 SETTINGS: dict[str, dict] = {  # of training
     "full": {"activation_checkpointing": "full"},
@@ -203,7 +211,8 @@ def company(shape: Shape, options) -> dict:
     with device:
         model = Mistral(shape.config).to(torch.bfloat16).eval()
     rng = random.Random(1)
-    prompts = [[rng.randrange(3, shape.config.vocab_size) for _ in range(rng.randint(10, 100))] for _ in range(shape.prompts // 4)]
+    ids = lambda count: [rng.randrange(3, shape.config.vocab_size) for _ in range(count)]  # noqa: E731
+    prompts = [ids(rng.randint(10, 100)) for _ in range(shape.prompts // 4)]
     settings = dict(max_new_tokens=min(64, shape.max_new_tokens), temperature=1.0, seed=1)
     few, many = (generate(model, prompts, slots=slots, **settings) for slots in (shape.slots[0], shape.slots[-1]))
     length = max(map(len, prompts)) + settings["max_new_tokens"]
@@ -249,7 +258,8 @@ def resume(shape: Shape, options) -> dict:
         subprocess.run(command(run), cwd=ROOT, env=hidden, check=True)
         shared = [f"--model.base={run}/base/model", f"--data.pairs={run}/iter0/generated"]
         subprocess.run([*command(Path(folder) / "cpu"), *shared], cwd=ROOT, env=hidden, check=True)
-        losses = [[json.loads(line)["loss"] for line in open(Path(folder) / name / "iter0/metrics.jsonl")] for name in ("run", "cpu")]
+        logs = [Path(folder) / name / "iter0/metrics.jsonl" for name in ("run", "cpu")]
+        losses = [[json.loads(line)["loss"] for line in open(log)] for log in logs]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
     return {"steps here": reached, "steps in all": len(losses[0]), "largest difference of a loss": apart}
 
@@ -282,7 +292,8 @@ def evaluating(shape: Shape, options) -> dict:
 
 
 def memory(shape: Shape, options) -> dict:
-    """What spin.plan counts beside what torch has allocated: a step of two micro-batches of the longest pairs, and scoring."""
+    """What spin.plan counts beside what torch has allocated: a step of two micro-batches of the longest pairs, scoring,
+    decoding in the most slots; and a step with the largest budget that the plan says fits (or the part fails)."""
     budget, result = shape.budgets[0], {}
     changes = {"train.token_budget": budget, "train.logit_chunk": shape.chunk, "train.activation_checkpointing": "full"}
     config = build(changes | {"train.batch_size": 64})
@@ -290,13 +301,33 @@ def memory(shape: Shape, options) -> dict:
         plan = Plan(config, shape.config, group)
         result["score planned"] = sum(plan.score(budget).values()) / GIB
         result["train planned"] = sum(plan.train(budget).values()) / GIB
+        free = torch.cuda.mem_get_info()[0] - 4 * GIB if torch.cuda.is_available() else GIB / 4
+        result["largest budget"] = plan.largest_budget(free)
+        weights = sum(weight.numel() for weight in plan.model.parameters()) * 2
+    length = 512 + shape.max_new_tokens
+    slot = KVCache.bytes_per_slot(shape.config, length, torch.bfloat16)
+    result["generate planned"] = (weights + max(shape.slots) * slot) / GIB
     context = multiprocessing.get_context("spawn")  # another process group, and an empty device
+    for what, budget in (("", budget), (" with the largest budget", result["largest budget"])):
+        with context.Pool(1) as pool:
+            measured = pool.apply(_measured_memory, (shape, changes | {"train.token_budget": budget}))
+        result |= {name + what: value for name, value in measured.items()}
     with context.Pool(1) as pool:
-        return result | pool.apply(_measured_memory, (shape, changes))
+        return result | pool.apply(_generating_memory, (shape, length))
+
+
+def _generating_memory(shape: Shape, length: int) -> dict:
+    with ranks() as group:
+        with group.device:
+            model = Mistral(shape.config).to(torch.bfloat16).eval().requires_grad_(False)
+        group.release_memory()  # the fp32 weights that these were
+        slots = max(shape.slots)
+        generate(model, [[5] * 100] * slots, max_new_tokens=4, slots=slots, slot_length=length)
+        return {"generate measured": group.peak_memory() / GIB}
 
 
 def _measured_memory(shape: Shape, changes: dict) -> dict:
-    budget, config = shape.budgets[0], build(changes)
+    budget, config = changes["train.token_budget"], build(changes)
     with ranks() as group, tempfile.TemporaryDirectory() as directory:
         model = random_model(shape, group, {"activation_checkpointing": "full"})
         items = 2 * filling(budget, config)
@@ -331,6 +362,7 @@ class Figure:
     measured: float | None
     ceiling: float
     aim: float
+    predicted: float = 0.0  # share; 0: the aim
 
 
 def figures(shape: Shape, results: dict) -> list[Figure]:
@@ -341,17 +373,28 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     lines = []
     for name in parts(shape):
         if name.startswith("train "):
-            lines.append(Figure(name, "pairs/s", _value(results, name, "pairs/s"), matmul / (3 * forward), AIMS["train"]))
+            setting = "full" if "80 GB" in name else name.removeprefix("train ").rsplit(", ", 1)[0]
+            measured = _value(results, name, "pairs/s")
+            lines.append(Figure(name, "pairs/s", measured, matmul / (3 * forward), AIMS["train"], PREDICTED[setting]))
     lines.append(Figure("score", "pairs/s", _value(results, "score", "pairs/s"), matmul / forward, AIMS["score"]))
     for slots in shape.slots:
         measured = results.get("generate", {}).get("by slots", {}).get(str(slots))
         ceiling = decoding_rate(shape, slots, matmul, copy)
         lines.append(Figure(f"generate, {slots} slots", "tokens/s", measured and measured["tokens/s"], ceiling, AIMS["generate"]))
+    rates = {name: matmul / flops(shape.config, Item([1] * n, ([1],))) for name, n in DOCUMENT_TOKENS.items()}
+    prompt, answer = GSM8K_TOKENS
+    rates["gsm8k"] = decoding_rate(replace(shape, max_new_tokens=answer), max(shape.slots), matmul, copy, prompt) / answer
+    for name, ceiling in rates.items():
+        measured = results.get("evaluate", {}).get(name, {}).get("documents/s")
+        lines.append(Figure(f"evaluate, {name}", "documents/s", measured, ceiling, AIMS["evaluate"]))
     return lines
 
 
 def decoding_rate(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = 178) -> float:
-    """Tokens/s if each step took the larger of its bytes' and its FLOPs' time, prompts read at the matrix product's rate."""
+    """Tokens/s of answers of max_new_tokens, if each step took the larger of its bytes' and its FLOPs' time.
+
+    Prompts are read at the matrix product's rate.
+    """
     config = shape.config
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in Mistral(config).parameters()) - config.vocab_size * config.hidden_size
@@ -380,11 +423,14 @@ def bill(shape: Shape, results: dict) -> list[tuple[str, float, float, float, bo
 
 
 def _rate(figure: Figure) -> float:
-    return figure.measured or figure.aim * figure.ceiling
+    """Measured, or predicted."""
+    return figure.measured or (figure.predicted or figure.aim) * figure.ceiling
 
 
 def report(shape: Shape, results: dict) -> str:
     """Markdown."""
+    failed = {name: result["failed"] for name, result in results.items() if isinstance(result.get("failed"), str)}
+    results = {name: result for name, result in results.items() if name not in failed}
     measured = "ceilings" in results
     ceiling = results.get("ceilings", ASSUMED)
     device = results.get("ceilings", {}).get("device", "H200")
@@ -393,29 +439,32 @@ def report(shape: Shape, results: dict) -> str:
         "",
         f"`python -m benchmarks.gpu{' --shape tiny' * (shape.name == 'tiny')}`, random weights, bf16. Ceilings, "
         + (f"measured (torch {ceiling['torch']})" if measured else "**assumed, nothing was measured**")
-        + f": {_si(ceiling['matmul'])}FLOP/s in a large matrix product, {_si(ceiling['copy'])}B/s in a large copy. The floor is what "
-        "the useful FLOPs (training: forward and twice as much backward) take at the first, or, in decoding, the bytes at the second.",
+        + f": {_si(ceiling['matmul'])}FLOP/s in a large matrix product, {_si(ceiling['copy'])}B/s in a large copy. The floor is "
+        "what the useful FLOPs (training: forward and twice as much backward) take at the first, or, in decoding, the bytes at "
+        "the second.",
         "",
         "| | rate | at the floor | share | aim |",
         "|---|---|---|---|---|",
     ]
     for figure in figures(shape, results):
         rate = f"{_number(_rate(figure))} {figure.unit}" + ", predicted" * (figure.measured is None)
-        share = f"{figure.measured / figure.ceiling:.0%}" if figure.measured is not None else ""
+        share = f"{_rate(figure) / figure.ceiling:.0%}" + ", predicted" * (figure.measured is None)
         lines.append(f"| {figure.what} | {rate} | {_number(figure.ceiling)} | {share} | {figure.aim:.0%} |")
     lines += ["", "Hours of this one GPU for the paper's iterations (50k prompts each, 50k pairs and then 100k, 2 epochs):", ""]
     lines += ["| | generate | score | train | all |", "|---|---|---|---|---|"]
     for name, *hours, predicted in bill(shape, results):
         values = " | ".join(f"{value:.2f}" for value in [*hours, sum(hours)])
         lines.append(f"| {name} | {values}{', predicted' * predicted} |")
-    lines.append("")
+    documents = [f for f in figures(shape, results) if f.what.startswith("evaluate, ")]
+    hours = sum(WHOLE[f.what.removeprefix("evaluate, ")] / _rate(f) for f in documents) / 3600
+    predicted = any(f.measured is None for f in documents)
+    lines += ["", f"The whole leaderboard of one model: {hours:.2f} hours{', predicted' * predicted}.", ""]
     transformers = results.get("generate", {}).get("ratio")
     ratio = f"{transformers:.1f} times" if transformers else "not measured"
     lines += [f"- Beside transformers' generate at batch 16: {ratio} (aim: {TRANSFORMERS_AIM})."]
     for name in ("tests", "memory", "company", "evaluate", "recipe", "resume", "train in 80 GB", "profile"):
         shown = json.dumps(_rounded(results[name])) if name in results else "not measured"
         lines.append(f"- {name}: {shown}")
-    failed = {name: result["failed"] for name, result in results.items() if "failed" in result and isinstance(result["failed"], str)}
     lines += [f"- **{name} did not end well:** {why}" for name, why in failed.items()]
     return "\n".join(lines) + "\n"
 
@@ -465,8 +514,8 @@ def main() -> None:
         print(f"--- {part_name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             own = Path(folder) / "result.json"
-            command = [sys.executable, "-u", "-m", "benchmarks.gpu", "--shape", shape.name, "--part", part_name, "--out", str(own)]
-            command += ["--data", str(options.data)] if options.data else []
+            command = [sys.executable, "-u", "-m", "benchmarks.gpu", "--shape", shape.name, "--part", part_name]
+            command += ["--out", str(own)] + (["--data", str(options.data)] if options.data else [])
             began = time.perf_counter()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended[part_name] = "longer than the limit"
@@ -478,7 +527,8 @@ def main() -> None:
         write_whole(file.with_suffix(".md"), report(shape, results))
     write_whole(file.with_suffix(".md"), report(shape, results))
     print(report(shape, results))
-    print(json.dumps({"name": "gpu", "shape": shape.name, "ended": ended, "not measured": [n for n in parts(shape) if n not in results]}))
+    absent = [part_name for part_name in parts(shape) if part_name not in results]
+    print(json.dumps({"name": "gpu", "shape": shape.name, "ended": ended, "not measured": absent}))
 
 
 if __name__ == "__main__":
