@@ -5,7 +5,8 @@
 About 60M parameters, Mistral's shape and tokenizer, random weights, fp32. Every score, prediction and metric is compared
 first. The reference takes, for each task, the best of some batch sizes, tried on its first documents. Timed is what each
 side does with its documents in memory and its model loaded: encoding, forward passes, generation; ours writes its results
-too. Peak memory is of a fresh process for each side, the reference's with batches of one. Without --data, small documents of random words are made.
+too. Peak memory is of a fresh process for each side, the reference's with batches of one. Without --data, small documents
+of random words are made.
 
     python -m benchmarks.evaluate --shape 7b --device cuda --data DIR      # ours alone, random weights, bf16
 

@@ -203,6 +203,19 @@ def test_results_of_other_settings_are_refused(folder, out, change, message):
     assert message in evaluated(folder, out, *change, fails=True)
 
 
+def test_a_task_of_which_nothing_is_there_may_begin_under_other_settings(folder, tmp_path):
+    (tmp_path / "out/partial").mkdir(parents=True)
+    begun = {"origin": {"model": "of before", "dtype": "bfloat16"}, "origins": {"openbookqa": {"harness": "0.4.0"}}, "tasks": {}}
+    (tmp_path / "out/summary.json").write_text(json.dumps(begun))
+    (tmp_path / "out/partial/openbookqa.rank0.jsonl").touch()
+    evaluated(folder, tmp_path / "out", tasks="openbookqa")
+    assert len(results(tmp_path / "out")["openbookqa"]) == 5
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/summary.json").write_text(json.dumps(begun))
+    write_jsonl(tmp_path / "other/partial/openbookqa.rank0.jsonl", [{"doc": 0}])
+    assert "dtype = bfloat16, not float32" in evaluated(folder, tmp_path / "other", tasks="openbookqa", fails=True)
+
+
 def test_results_of_another_model_or_in_a_directory_of_other_things_are_refused(folder, out, tmp_path):
     assert "another model" in evaluated(folder, out, model="other", fails=True)
     (tmp_path / "photo.png").touch()

@@ -49,8 +49,8 @@ class MTBench:
 
     @staticmethod
     def _checked(where: str, row: dict) -> dict:
-        turns = row.get("turns") if isinstance(row, dict) else None
-        if turns is None or "question_id" not in row or not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        turns = row.get("turns") if isinstance(row, dict) and "question_id" in row else None
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f"{where}: a question needs question_id, category and a list of turns")
         return row
 
@@ -58,7 +58,8 @@ class MTBench:
         return len(self.questions)
 
     def origin(self) -> dict:
-        return {"documents": file_digest(self.file), "number of documents": len(self), "template": self.template, "seed": self.settings.seed}
+        settings = {"template": self.template, "seed": self.settings.seed}
+        return {"documents": file_digest(self.file), "number of documents": len(self)} | settings
 
     def check(self, tokenizer: Tokenizer, max_length: int) -> None:
         if max_length <= MAX_NEW_TOKENS:

@@ -144,17 +144,24 @@ def _begin(directory: Path, origin: dict, tasks: list[Task], bos: bool) -> dict:
     before = to_json(summary)
     if "origins" not in summary:
         raise ValueError(f"{directory}: an older version's evaluation; remove it to evaluate again")
+    begun = {file.name.split(".rank")[0] for file in directory.glob("partial/*.jsonl") if file.stat().st_size}
+    begun |= set(summary["tasks"])
+    if not begun:
+        summary["origin"] = origin
     changed: dict[str, list[str]] = {}  # what, of which tasks
     for key in (key for key in origin if summary["origin"].get(key) != origin[key]):
         changed[_difference(key, summary["origin"].get(key), origin[key])] = []
     for task in tasks:
         own = task.origin()
         own |= {"bos": bos} if "harness" in own else {}
-        was = summary["origins"].setdefault(task.name, own)
+        if task.name not in begun:
+            summary["origins"][task.name] = own
+        was = summary["origins"][task.name]
         for key in (key for key in own if was.get(key) != own[key]):
             changed.setdefault(_difference(key, was.get(key), own[key]), []).append(task.name)
     if changed:
-        listed = [what + f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" * bool(names) for what, names in changed.items()]
+        few = lambda names: f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""  # noqa: E731
+        listed = [what + few(names) for what, names in changed.items()]
         raise ValueError(f"{directory}: made with {'; '.join(listed)}. Choose another directory, or remove it")
     if to_json(summary) != before:
         write_whole(file, to_json(summary))
