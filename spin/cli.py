@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 from spin.config import Recipe
@@ -22,10 +23,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def parse(arguments: argparse.ArgumentParser, more: list[str] = []) -> tuple[argparse.Namespace, Recipe]:  # noqa: B006
+def parse(arguments: argparse.ArgumentParser, more: Sequence[str] = ()) -> tuple[argparse.Namespace, Recipe]:
     """The parsed arguments, and the recipe with the overrides applied, and `more` of them."""
     known, overrides = arguments.parse_known_args()
-    return known, Recipe(known.config, overrides + more)
+    return known, Recipe(known.config, [*overrides, *more])
 
 
 def iterations(text: str, base: bool = False) -> list[int]:

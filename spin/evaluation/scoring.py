@@ -117,13 +117,14 @@ def loglikelihoods(
             yield i, scores
 
 
-def pack_tree(requests: Sequence[Request], prefix: list[int] = []) -> Packed:  # noqa: B006  it is only read
+def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> Packed:
     """Requests as one stream, in which what two of them begin with stands once; a prefix of all stands before it.
 
     Sorted, each request shares the most with the one before it. What it has beyond that is a segment of the stream, whose
     keys are the rows of the request's whole text. Rows of the prefix count as keys alone. `lengths` are the requests'
     own, in the order given.
     """
+    prefix = prefix or []
     order = sorted(range(len(requests)), key=lambda i: requests[i].ids[:-1])
     before, rows = prefix, torch.arange(len(prefix))
     tokens, positions, q_offsets, k_offsets, keys = [], [], [0], [0], []
