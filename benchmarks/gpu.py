@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -140,7 +141,9 @@ def tests(shape: Shape, options) -> dict:
     """All tests that need a GPU: FlashAttention against the fp32 twin, captured steps, a training step, log-likelihoods."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], cwd=ROOT, capture_output=True, text=True)
     sys.stdout.write(done.stdout[-6000:])
-    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])}
+    sys.stdout.write(done.stderr[-2000:])
+    last = (done.stdout.splitlines() or [""])[-1]
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     return counts | {"failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)}
 
 
@@ -164,15 +167,16 @@ def trained(shape: Shape, settings: dict, budget: int) -> dict:
         seconds = statistics.median(shape.pairs / row["pairs_per_second"] for row in log[1:])  # the first allocates, compiles
         tokens = sum(item.packed_length for item in items)
         useful = 3 * sum(flops(shape.config, item) for item in items)
+        reserved = torch.cuda.max_memory_reserved() if group.device.type == "cuda" else 0  # what decides whether it fits
         return {"pairs/s": shape.pairs / seconds, "tokens/s": tokens / seconds, "useful FLOP/s": useful / seconds,
-                "memory_gib": log[-1]["memory_gb"] * 1e9 / GIB, "losses": [row["loss"] for row in log]}  # fmt: skip
+                "memory_gib": log[-1]["memory_gb"] * 1e9 / GIB, "reserved_gib": reserved / GIB, "losses": [row["loss"] for row in log]}  # fmt: skip
 
 
 def eighty_gb(shape: Shape, options) -> dict:
-    """The single-GPU recipe of 80 GB, held to 80 GB."""
+    """The single-GPU recipe of 80 GB, held to what torch can have of such a card."""
     if this_device().type == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 80 * GIB / whole))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 78 * GIB / whole))
     return trained(shape, EIGHTY_GB, shape.budgets[0])
 
 
@@ -224,14 +228,16 @@ def company(shape: Shape, options) -> dict:
 
 
 def recipe(shape: Shape, options) -> dict:
-    """The default recipe's first iteration on this device and on the CPU: losses side by side."""
+    """The default recipe's first iteration on this device, and on the CPU from its pairs: losses side by side."""
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, hidden in (("here", None), ("cpu", "")):
+        same = [f"--model.base={folder}/here/base/model", f"--data.pairs={folder}/here/iter0/generated"]
+        for name, hidden, more in (("here", None, []), ("cpu", "", same)):
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": hidden} if hidden is not None else {})
             run = Path(folder) / name
             began = time.perf_counter()
-            subprocess.run([sys.executable, "train.py", "--iter", "0", f"--run.dir={run}"], cwd=ROOT, env=environment, check=True)
+            command = [sys.executable, "train.py", "--iter", "0", f"--run.dir={run}", *more]
+            subprocess.run(command, cwd=ROOT, env=environment, check=True)
             curves[name] = [json.loads(line)["loss"] for line in open(run / "iter0/metrics.jsonl")]
             summary = read_json(run / "iter0/evaluation/summary.json")["tasks"]["heldout"]
             curves[name + " right when sampled"] = summary["exact_match_sampled"]
@@ -266,14 +272,24 @@ def resume(shape: Shape, options) -> dict:
 
 def profile(shape: Shape, options) -> dict:
     """What a training step's time goes to: operators by their own time on the device."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profiled(activities=activities) as record:
-        trained(replace(shape, steps=2), SETTINGS["full"], shape.budgets[0])
-    own = lambda event: getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total  # noqa: E731
-    events = [event for event in record.key_averages() if own(event) > 0]
+    cuda = torch.cuda.is_available()
+    on, field = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
+    # Some pairs: a step's kernels are the same ones over and over. Weights are made outside.
+    few = replace(shape, pairs=min(16, shape.pairs), steps=2)
+    with ranks() as group, tempfile.TemporaryDirectory() as directory:
+        model, items = random_model(few, group, SETTINGS["full"]), ultrachat_like(few, few.pairs)
+        Checkpoints.save = lambda self, step: None
+        budget = few.budgets[0]
+        settings = part("bfloat16", few.pairs, 2, lr=1e-6, token_budget=budget, logit_chunk=few.chunk, **SETTINGS["full"])
+        opponent = score(model, items, budget, few.chunk, group)
+        with profiled(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as record:
+            train(settings, model, items, opponent, Path(directory), group)
+    own = lambda event: getattr(event, field)  # noqa: E731
+    events = [e for e in record.key_averages() if e.device_type == on and not e.is_user_annotation and own(e) > 0]
     total = sum(map(own, events))
     most = sorted(events, key=own, reverse=True)[:15]
     return {"share of the time": {event.key[:80]: own(event) / total for event in most}}
@@ -310,7 +326,10 @@ def memory(shape: Shape, options) -> dict:
     context = multiprocessing.get_context("spawn")  # another process group, and an empty device
     for what, budget in (("", budget), (" with the largest budget", result["largest budget"])):
         with context.Pool(1) as pool:
-            measured = pool.apply(_measured_memory, (shape, changes | {"train.token_budget": budget}))
+            try:
+                measured = pool.apply(_measured_memory, (shape, changes | {"train.token_budget": budget}))
+            except torch.OutOfMemoryError as error:
+                measured = {"out of memory": str(error)[:200]}
         result |= {name + what: value for name, value in measured.items()}
     with context.Pool(1) as pool:
         return result | pool.apply(_generating_memory, (shape, length))
@@ -384,8 +403,12 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     rates = {name: matmul / flops(shape.config, Item([1] * n, ([1],))) for name, n in DOCUMENT_TOKENS.items()}
     prompt, answer = GSM8K_TOKENS
     rates["gsm8k"] = decoding_rate(replace(shape, max_new_tokens=answer), max(shape.slots), matmul, copy, prompt) / answer
+    of_words = results.get("evaluate", {}).get("documents") == "of random words"  # shorter than the floor's
+    if "gsm8k" in results.get("evaluate", {}):  # random weights never stop
+        slots = min(max(shape.slots), results["evaluate"]["gsm8k"]["documents"])
+        rates["gsm8k"] = decoding_rate(replace(shape, max_new_tokens=256), slots, matmul, copy, prompt) / 256
     for name, ceiling in rates.items():
-        measured = results.get("evaluate", {}).get(name, {}).get("documents/s")
+        measured = None if of_words else results.get("evaluate", {}).get(name, {}).get("documents/s")
         lines.append(Figure(f"evaluate, {name}", "documents/s", measured, ceiling, AIMS["evaluate"]))
     return lines
 
@@ -491,7 +514,7 @@ def main() -> None:
     arguments.add_argument("--shape", choices=SHAPES, default="7b")
     arguments.add_argument("--parts", default="", help="beginnings of names, with commas; default: all")
     arguments.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    arguments.add_argument("--limit", type=int, default=540, help="seconds for each part (default: %(default)s)")
+    arguments.add_argument("--limit", type=int, default=480, help="seconds for each part (default: %(default)s)")
     arguments.add_argument("--data", type=Path, help="benchmarks' documents as hf download leaves them, for evaluate")
     arguments.add_argument("--again", action="store_true", help="run also what is there")
     arguments.add_argument("--predict", action="store_true", help="measure nothing: the report alone")
@@ -508,6 +531,8 @@ def main() -> None:
     if not chosen:
         raise SystemExit(f"--parts knows {', '.join(parts(shape))}")
     ended = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # micro-batches differ in length
     for part_name in chosen if not options.predict else []:
         if part_name in results and "failed" not in results[part_name] and not options.again:
             continue
@@ -517,9 +542,15 @@ def main() -> None:
             command = [sys.executable, "-u", "-m", "benchmarks.gpu", "--shape", shape.name, "--part", part_name]
             command += ["--out", str(own)] + (["--data", str(options.data)] if options.data else [])
             began = time.perf_counter()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
+            try:
+                ended[part_name] = process.wait(options.limit)
+            except subprocess.TimeoutExpired:
                 ended[part_name] = "longer than the limit"
-                ended[part_name] = subprocess.run(command, cwd=ROOT, timeout=options.limit).returncode
+            finally:  # its children too: they hold the GPU
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             results[part_name] = read_json(own) if own.is_file() else {"failed": f"ended with {ended[part_name]}"}
             results[part_name]["seconds"] = round(time.perf_counter() - began, 1)
         options.out.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ class Segments:
     def offsets(self) -> tuple[Tensor, Tensor, int, int]:
         """Query and key offsets (S + 1,) int32, and the longest segment of each, for the FlashAttention kernels."""
         if "offsets" not in self._made:
-            q, k = (torch.tensor(o, dtype=torch.int32, device=self.device) for o in (self.q_offsets, self.k_offsets))
+            q, k = (moved(torch.tensor(o, dtype=torch.int32), self.device) for o in (self.q_offsets, self.k_offsets))
             longest = (max(b - a for a, b in pairwise(o)) for o in (self.q_offsets, self.k_offsets))
             self._made["offsets"] = (q, k, *longest)
         return self._made["offsets"]

@@ -79,7 +79,6 @@ class _Sequence:
         return len(self.prompt) + self.tokens
 
 
-@torch.inference_mode()
 def generate_tokens(
     model: Mistral,
     prompts: Sequence[Sequence[int]],
@@ -161,13 +160,14 @@ def generate_tokens(
     refill = max(1, slots // 32) if graphs and not fixed_slots else 1
     filling = False
 
-    cache = KVCache(model.config, slots, length, dtype, device)
-    cache.splits = int(fixed_slots)
-    # One row per slot: its newest token, that token's place, how many of the response there are, its random stream.
-    state = torch.zeros(4, slots, dtype=torch.int64, device=device)
-    tokens, positions, counts, stream = state
-    token_logps = torch.zeros(slots, device=device)
-    numbers = torch.arange(max(slots, length), device=device)
+    with torch.inference_mode():
+        cache = KVCache(model.config, slots, length, dtype, device)
+        cache.splits = int(fixed_slots)
+        # One row per slot: its newest token, that token's place, how many of the response there are, its random stream.
+        state = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        tokens, positions, counts, stream = state
+        token_logps = torch.zeros(slots, device=device)
+        numbers = torch.arange(max(slots, length), device=device)
 
     def step(decoding: int, fresh: Sequence[_Sequence] = (), first: int = 0) -> None:
         """A token more for slots 0..decoding-1, and the first one for fresh sequences, in slots first, first + 1, …"""
@@ -198,7 +198,11 @@ def generate_tokens(
         counts[rows] += 1
 
     replay = _replayed(step, state, slots) if graphs else step
-    while waiting or active:
+
+    @torch.inference_mode()
+    def advance() -> list[Token]:
+        """One forward pass, and the tokens that it gives."""
+        nonlocal active, filling
         first, fresh = len(active), []
         room = 0 if fixed_slots else prefill_tokens
         filling = bool(waiting) and first < slots and (filling or slots - first >= min(refill, len(waiting)))
@@ -220,14 +224,15 @@ def generate_tokens(
 
         ids = tokens[begin : len(active)].tolist()
         values = token_logps[begin : len(active)].tolist() if logps else [None] * len(ids)
-        ended = []
+        given, ended = [], []
         for slot, (token, logp) in enumerate(zip(ids, values), begin):
             sequence = active[slot]
             sequence.tokens += 1
-            last = token == eos_id or sequence.tokens == max_new_tokens or (stop is not None and stop(sequence.index, token))
+            last = token == eos_id or sequence.tokens == max_new_tokens
+            last = last or (stop is not None and stop(sequence.index, token))
             if last:
                 ended.append(slot)
-            yield Token(sequence.index, token, logp, last)
+            given.append(Token(sequence.index, token, logp, last))
         for slot in reversed(ended):
             last_one = active.pop()
             if slot < len(active):  # close the gap, so that a step reads whole slots and nothing else
@@ -235,6 +240,10 @@ def generate_tokens(
                 state[:, slot] = state[:, len(active)]
                 active[slot] = last_one
             positions[len(active)] = 0  # idle: little to read
+        return given
+
+    while waiting or active:
+        yield from advance()  # out of inference mode, which would be left and entered with every token
 
 
 def fitting_slots(model: Mistral, length: int, free: int) -> int:

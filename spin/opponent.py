@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from spin.data import Example, digest, encode_prompts, load_generated
 from spin.distributed import Ranks
 from spin.files import commit, cut_unfinished_line, read_json, to_json, write_whole
 from spin.logps import response_logps
-from spin.packing import Item, flops, micro_batches, pack
+from spin.packing import Item, flops, micro_batches, pack, prefetched
 
 PAIRS_PER_SHARD = 5000
 SAMPLES_SHOWN = 3
@@ -224,22 +225,22 @@ def score(
     """
     result = torch.zeros(len(items), len(items[0].responses))
     group = 64 * ranks.world_size
-    bar = ranks.progress(len(items), "score", "pair")
-    with torch.no_grad():
+
+    def packs():
+        """Places in `items` of each of this rank's micro-batches, and its stream."""
         for start in range(0, len(items), group):
             part = items[start : start + group]
-            plan = micro_batches(
-                [item.packed_length for item in part],
-                [flops(model.config, item) for item in part],
-                ranks.world_size,
-                token_budget,
-            )
-            for places in plan[ranks.rank]:
-                packed = pack([part[i] for i in places]).to(ranks.device)
-                logps = response_logps(model, packed, logit_chunk).cpu()
-                if places:
-                    result[[start + i for i in places]] = logps.view(len(places), -1)
-            bar.update(len(part))
-    bar.close()
+            lengths, costs = [item.packed_length for item in part], [flops(model.config, item) for item in part]
+            for chosen in micro_batches(lengths, costs, ranks.world_size, token_budget)[ranks.rank]:
+                places = [start + i for i in chosen]
+                yield places, pack([items[i] for i in places]).to(ranks.device)
+
+    with torch.no_grad(), ranks.progress(len(items), "score", "pair") as bar, closing(prefetched(packs())) as coming:
+        for places, packed in coming:
+            logps = response_logps(model, packed, logit_chunk).cpu()
+            if places:
+                result[places] = logps.view(len(places), -1)
+            bar.update(min(len(places) * ranks.world_size, len(items) - bar.n))
+        bar.update(len(items) - bar.n)
     model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
     return ranks.sum_tensor(result)

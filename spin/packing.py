@@ -5,7 +5,8 @@ The prompt stands once, its responses after it: [x][y][y']. Every response sees 
 packs its choices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -136,3 +137,13 @@ def micro_batches(
         result.append(batches)
     most = max(map(len, result))
     return [batches + [[]] * (most - len(batches)) for batches in result]
+
+
+def prefetched(values: Iterator) -> Iterator:
+    """The same values; while one is in use, the next is made in a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        end = object()
+        coming = thread.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = thread.submit(next, values, end)
+            yield value

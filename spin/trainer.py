@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
-from spin.packing import Item, Packed, flops, micro_batches, pack
+from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
@@ -210,16 +209,6 @@ def kept_aside(part: Optimization, examples: int) -> list[int]:
         raise ValueError(f"heldout_pairs = {part.heldout_pairs} leaves nothing to train on, of {examples} examples")
     generator = torch.Generator().manual_seed(part.seed)
     return sorted(torch.randperm(examples, generator=generator)[: part.heldout_pairs].tolist())
-
-
-def prefetched(values: Iterator) -> Iterator:
-    """The same values; while one is in use, the next is made in a thread."""
-    with ThreadPoolExecutor(1) as thread:
-        end = object()
-        coming = thread.submit(next, values, end)
-        while (value := coming.result()) is not end:
-            coming = thread.submit(next, values, end)
-            yield value
 
 
 class Stopped(Exception):

@@ -1,5 +1,6 @@
 """A benchmark's documents, put to the model: choices scored, or answers generated."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -103,9 +104,17 @@ class StopStrings:
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
         self.tokenizer, self.strings = tokenizer, strings
         self.reach = max(len(string.encode()) for string in strings)  # a token has at least a byte
-        self.tails: dict[int, list[int]] = {}
+        self.tails: dict[int, deque[int]] = {}
+        self.may_end: dict[int, bool] = {}  # whether a string may be complete with this token: few are, so few are looked at
 
     def __call__(self, index: int, token: int) -> bool:
-        tail = self.tails[index] = [*self.tails.get(index, []), token][-self.reach :]
-        text = self.tokenizer.decode_continuation(tail)
+        if index not in self.tails:
+            self.tails[index] = deque(maxlen=self.reach)
+        self.tails[index].append(token)
+        if token not in self.may_end:
+            text = self.tokenizer.decode_continuation([token])
+            self.may_end[token] = any(last in text for last in ("\ufffd", *(string[-1] for string in self.strings)))
+        if not self.may_end[token]:
+            return False
+        text = self.tokenizer.decode_continuation(self.tails[index])
         return any(string in text for string in self.strings)

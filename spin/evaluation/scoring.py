@@ -8,6 +8,7 @@ before the first of them, its keys and values kept.
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from model.attention import Segments
 from model.kv_cache import Prefix
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
-from spin.packing import Packed
+from spin.packing import Packed, prefetched
 
 # Texts that lines might be told apart by: blanks at their ends, empty ones, bytes, what normalisers like to change.
 _PROBE = "a\n  b \n\n c\n\n\n\tdé\u00a0ﬁ \n1.5\nAnswer: x\n"
@@ -104,17 +105,20 @@ def loglikelihoods(
         model(ids, torch.arange(shared, device=device), Segments.causal([shared], device), at=none, targets=none, prefix=prefix)
     else:
         shared = 0
-    for members in _micro_batches(order, inputs, shared, token_budget):
-        flat = [(i, k) for i in members for k in range(len(documents[i]))]
-        packed = pack_tree([documents[i][k] for i, k in flat], inputs[members[0]][0][:shared]).to(device)
-        logps = model(
-            packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=logit_chunk,
-            prefix=prefix,
-        )  # fmt: skip
-        sums = [part.sum().item() for part in logps.cpu().split(packed.lengths.tolist())]
-        for i in members:
-            scores, sums = sums[: len(documents[i])], sums[len(documents[i]) :]
-            yield i, scores
+    packs = (
+        (members, pack_tree([r for i in members for r in documents[i]], inputs[members[0]][0][:shared]).to(device))
+        for members in _micro_batches(order, inputs, shared, token_budget)
+    )
+    with closing(prefetched(packs)) as coming:
+        for members, packed in coming:
+            logps = model(
+                packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=logit_chunk,
+                prefix=prefix,
+            )  # fmt: skip
+            sums = [part.sum().item() for part in logps.cpu().split(packed.lengths.tolist())]
+            for i in members:
+                scores, sums = sums[: len(documents[i])], sums[len(documents[i]) :]
+                yield i, scores
 
 
 def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> Packed:
