@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="with --report: prompts with this in them")
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
-    parser.set_defaults(config=None)
     with cli.errors_in_words():
         known, _ = parser.parse_known_args()
         given = [f"--evaluate.{name}={getattr(known, name)}" for name in SETTINGS if getattr(known, name) is not None]

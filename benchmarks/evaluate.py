@@ -40,6 +40,7 @@ from spin.evaluation.engine import Engine
 from spin.evaluation.runner import load_tasks
 from spin.evaluation.scoring import Encoder
 from spin.evaluation.tasks import BENCHMARKS
+from spin.leaderboard import DOCUMENTS, LEADERBOARD
 
 FAMILIES = {  # of tasks that cost alike
     "four choices": ("arc_challenge", "hellaswag", "openbookqa"),
@@ -48,7 +49,7 @@ FAMILIES = {  # of tasks that cost alike
     "generated": ("gsm8k",),
 }
 # Documents of the leaderboard's tasks, for the projection.
-WHOLE = {"arc_challenge": 1172, "truthfulqa_mc2": 817, "winogrande": 1267, "hellaswag": 10042, "mmlu": 14042, "gsm8k": 1319}
+WHOLE = {task: count for (task, *_), count in zip(LEADERBOARD, DOCUMENTS)}
 BATCH_SIZES = (1, 4, 16)
 SHAPES = {"7b": SEVEN_B, "60m": CONFIG}
 

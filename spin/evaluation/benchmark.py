@@ -1,9 +1,8 @@
 """A benchmark's documents, put to the model: choices scored, or answers generated."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-
-import torch
 
 from model.tokenizer import Tokenizer
 from spin.evaluation.engine import Engine
@@ -67,7 +66,7 @@ class Benchmark:
             about.append({"doc": doc, "hash": asked, "truncated": any(cut for _, cut in pairs)})
         for place, scores in loglikelihoods(engine.model, requests, settings.token_budget, settings.logit_chunk):
             doc = docs[place]
-            if not torch.tensor(scores).isfinite().all():
+            if not all(map(math.isfinite, scores)):
                 raise ValueError(f"{self.documents.where[doc]}: scores that are not finite; are the weights damaged?")
             yield about[place] | self.task.measured(self.documents.questions[doc], scores, harness)
             engine.tick(self.cost(doc))

@@ -31,7 +31,8 @@ def compare(a: Path, b: Path) -> str:
     for name in names:
         rows = [_rows(directory / f"{name}.jsonl") for directory in (a, b)]
         # The data's own digest may differ where the documents asked do not.
-        asked = [summary["origins"][name] | {"data": [_identity(row) for row in part]} for summary, part in zip(summaries, rows)]
+        origins = [summary.get("origins", {}).get(name, {}) for summary in summaries]
+        asked = [origin | {"data": [_identity(row) for row in part]} for origin, part in zip(origins, rows)]
         if differing := [key for key in asked[0] if asked[0][key] != asked[1].get(key)]:
             what = ["documents or examples" if key in ("data", "documents") else key for key in differing]
             others.append(f"{name} (another {', '.join(dict.fromkeys(what))})")
