@@ -176,14 +176,13 @@ class Decoding:
     longest: int
     q_offsets: Tensor  # (N + 1,) int32: one query a slot
     k_offsets: Tensor  # (N + 1,) int32: where each slot begins
-    splits: int = 0  # parts in which a kernel reads a slot's keys; 0: as many as it thinks fit, which moves the rounding
     _made: dict = field(default_factory=dict, repr=False)
 
     @classmethod
-    def at(cls, positions: Tensor, longest: int, slot_length: int, splits: int = 0) -> "Decoding":
+    def at(cls, positions: Tensor, longest: int, slot_length: int) -> "Decoding":
         """The step in which slot n's token at place positions[n] is new, and is seen."""
         slots = torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device)
-        return cls((positions + 1).int(), longest, slots, slots * slot_length, splits)
+        return cls((positions + 1).int(), longest, slots, slots * slot_length)
 
     def mask(self, window: int | None) -> Tensor:
         """Which places are seen (N, 1, 1, longest), for the plain twin."""
@@ -216,15 +215,13 @@ def attend_cached(
         from flash_attn import flash_attn_with_kvcache
 
         out = flash_attn_with_kvcache(
-            q[:, None], k, v, cache_seqlens=step.lengths, causal=True, window_size=(left, -1 if window is None else 0),
-            num_splits=step.splits,
-        )  # fmt: skip
+            q[:, None], k, v, cache_seqlens=step.lengths, causal=True, window_size=(left, -1 if window is None else 0)
+        )
         return out[:, 0]
     if backend == "torch-flash":
-        splits = {"num_splits": step.splits} if step.splits else {}
         return torch.ops.aten._flash_attention_forward(
             q, k.flatten(0, 1), v.flatten(0, 1), step.q_offsets, step.k_offsets, 1, slot, 0.0, False, False,
-            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=step.lengths, **splits,
+            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=step.lengths,
         )[0]  # fmt: skip
     k, v = k[:, : step.longest], v[:, : step.longest]
     # The query heads that share a key head are rows of one small matrix: no copy of the cache per head.

@@ -27,7 +27,6 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = length
         self.longest = length  # of the sequences being decoded, kept by whoever decodes: attention looks no further
-        self.splits = 0  # see Decoding
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
@@ -36,7 +35,7 @@ class KVCache:
 
     def decoding(self, positions: Tensor) -> Decoding:
         """What the step reads in which slot n's new token is at positions[n]."""
-        return Decoding.at(positions, self.longest, self.length, self.splits)
+        return Decoding.at(positions, self.longest, self.length)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Put k, v (T, K, D) at (slots[t], positions[t])."""

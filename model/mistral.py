@@ -86,7 +86,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         """gate, up: (T, F) → (T, F)"""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up  # in place, torch.compile of torch 2.11 loses the gradient
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -115,8 +115,8 @@ def generate_tokens(
         slot_length: tokens that a slot has room for; 0: what the longest prompt needs
         fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is read by
             itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence the same way in any
-            company (given the same slots, slot_length and, on a CPU, number of threads). It costs what the idle rows and
-            the lone prompts cost
+            company (given the same slots, slot_length and, on a CPU, number of threads: from the first two FlashAttention
+            decides into how many parts it splits the keys). It costs what the idle rows and the lone prompts cost
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
         vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
         stop: is told each token (index, id), those of a response in turn, and says whether the response ends with it
@@ -162,7 +162,6 @@ def generate_tokens(
 
     with torch.inference_mode():
         cache = KVCache(model.config, slots, length, dtype, device)
-        cache.splits = int(fixed_slots)
         # One row per slot: its newest token, that token's place, how many of the response there are, its random stream.
         state = torch.zeros(4, slots, dtype=torch.int64, device=device)
         tokens, positions, counts, stream = state

@@ -8,6 +8,7 @@ import random
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -39,10 +40,10 @@ STREAMS = {
 }
 
 
-def stream(segments: Segments, heads=4, kv_heads=2, size=16, dtype=torch.float32, device="cpu", seed=0):
+def stream(segments: Segments, heads=4, kv_heads=2, size=16, dtype=torch.float32, seed=0):
     """Random q, k, v that want gradients, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randn(segments.q_offsets[-1], n, size, generator=generator).to(device, dtype)  # noqa: E731
+    draw = lambda n: torch.randn(segments.q_offsets[-1], n, size, generator=generator).to(dtype)  # noqa: E731
     return [draw(n).requires_grad_() for n in (heads, kv_heads, kv_heads)], draw(heads)
 
 
@@ -132,12 +133,10 @@ def documented_varlen(q, k, v, q_offsets, k_offsets, longest_q, longest_k, causa
 
 
 WINDOWS = []  # left and right, as the kernels were asked for them
-SPLITS = []  # what the kernels were asked for; 0 (flash-attn) and None (torch) leave it to them
 
 
-def documented_kvcache(q, k_cache, v_cache, cache_seqlens, causal, window_size, num_splits=0):
+def documented_kvcache(q, k_cache, v_cache, cache_seqlens, causal, window_size):
     assert cache_seqlens.dtype == torch.int32
-    SPLITS.append(num_splits)
     WINDOWS.append(window_size)
     window = (window_size[0], 0) if causal else window_size
     rows = zip(q, k_cache, v_cache, cache_seqlens)
@@ -156,8 +155,7 @@ def documented_kernels(monkeypatch):
         return documented_varlen(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, (left, right), lengths)
 
     def forward(q, k, v, q_offsets, k_offsets, max_q, max_k, dropout, causal, debug, *, scale=None,
-                window_size_left=None, window_size_right=None, seqused_k=None, num_splits=None, **unused):  # fmt: skip
-        SPLITS.append(num_splits)
+                window_size_left=None, window_size_right=None, seqused_k=None, **unused):  # fmt: skip
         WINDOWS.append((window_size_left, window_size_right))
         assert dropout == 0.0 and scale is None and not any(value is not None for value in unused.values())
         out = compute(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right, seqused_k)
@@ -205,12 +203,11 @@ def test_a_window_that_hides_nothing_is_not_asked_for(documented_kernels, backen
 def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(documented_kernels, backend, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
-    for lengths, longest, splits in (([1, 12, 7], 12, 0), ([1, 4, 7], 7, 1)):  # whole slots, and their beginnings
-        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12, splits=splits)
+    for lengths, longest in (([1, 12, 7], 12), ([1, 4, 7], 7)):  # whole slots, and their beginnings
+        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12)
         ours, expected = (attend_cached(q, k, v, step, window, name) for name in (backend, "sdpa"))
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
         assert WINDOWS[-1] == (-1 if window is None else window - 1, -1 if window is None else 0)
-        assert SPLITS[-1] == (splits or (0 if backend == "flash-attn" else None))  # 1: batch-invariant
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
@@ -302,6 +299,14 @@ def available(backend, dtype, size) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
+@cache  # the backends' tests ask for the same
+def exact(name, window, heads, kv_heads, size, dtype):
+    """Of a stream whose values `dtype` holds, in fp32 on the CPU."""
+    inputs, grad = stream(STREAMS[name](), heads, kv_heads, size, dtype)
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
+    return forward_and_gradients(inputs, grad.float(), STREAMS[name](), window, "sdpa")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -311,12 +316,11 @@ def test_on_a_gpu_every_backend_is_the_fp32_twin_within_rounding(heads, kv_heads
     available(backend, dtype, size)
     for name in STREAMS:
         for window in (None, 100):
-            segments = STREAMS[name]().to(GPU)
-            inputs, grad = stream(segments, heads, kv_heads, size, dtype, GPU)
-            exact = [x.detach().float().requires_grad_() for x in inputs]
-            expected = forward_and_gradients(exact, grad.float(), segments, window, "sdpa")
-            for ours, wanted in zip(forward_and_gradients(inputs, grad, segments, window, backend), expected):
-                assert error(ours, wanted) < TOLERANCE[dtype] or wanted.norm() < 1e-4, (name, window)
+            inputs, grad = stream(STREAMS[name](), heads, kv_heads, size, dtype)
+            there = [x.detach().to(GPU).requires_grad_() for x in inputs]
+            got = forward_and_gradients(there, grad.to(GPU), STREAMS[name]().to(GPU), window, backend)
+            for ours, wanted in zip(got, exact(name, window, heads, kv_heads, size, dtype)):
+                assert error(ours.cpu(), wanted) < TOLERANCE[dtype] or wanted.norm() < 1e-4, (name, window)
 
 
 @pytest.mark.gpu
@@ -324,15 +328,16 @@ def test_on_a_gpu_every_backend_is_the_fp32_twin_within_rounding(heads, kv_heads
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
     available(backend, torch.bfloat16, 128)
-    draw = lambda *shape: torch.randn(*shape, 128, device=GPU, dtype=torch.bfloat16)  # noqa: E731
-    step = Decoding.at(torch.tensor([1, 700, 64, 65, 333], device=GPU) - 1, 700, slot_length=900)
+    draw = lambda *shape: torch.randn(*shape, 128, dtype=torch.bfloat16)  # noqa: E731
+    positions = torch.tensor([1, 700, 64, 65, 333]) - 1
+    here, there = (Decoding.at(positions.to(device), 700, slot_length=900) for device in ("cpu", GPU))
     for heads, kv_heads in ((4, 4), (8, 2), (8, 1)):
         for window in (None, 100):
             torch.manual_seed(0)
             q, k, v = draw(5, heads), draw(5, 900, kv_heads), draw(5, 900, kv_heads)
-            expected = attend_cached(q.float(), k.float(), v.float(), step, window)
-            ours = attend_cached(q, k, v, step, window, backend)
-            assert error(ours, expected) < TOLERANCE[torch.bfloat16], (heads, kv_heads, window)
+            expected = attend_cached(q.float(), k.float(), v.float(), here, window)
+            ours = attend_cached(q.to(GPU), k.to(GPU), v.to(GPU), there, window, backend)
+            assert error(ours.cpu(), expected) < TOLERANCE[torch.bfloat16], (heads, kv_heads, window)
 
 
 @pytest.mark.gpu
