@@ -25,22 +25,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # on a GPU one kernel
 
 
 def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, D/2), fp32, of the rotary embedding (arXiv 2104.09864) at integer positions (T,)."""
+    """Cosine and sine of the rotary embedding (arXiv 2104.09864) at integer positions (T,), as `Rotation` takes them."""
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
     angles = positions[:, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[d], x[d + D/2]) of x (T, heads, D): Hugging Face's split-half layout, in fp32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+class Rotation(torch.autograd.Function):
+    """Rotate the pairs (x[d], x[d + D/2]) of x (T, heads, D): Hugging Face's split-half layout, in fp32.
+
+    cos, sin: (T, 1, D) fp32, the first half of sin negated. The gradient is rotated back.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1).to(grad.dtype), None, None
 
 
 class Attention(nn.Module):
@@ -58,7 +68,7 @@ class Attention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, *rope), rotate(k, *rope), v
+        return Rotation.apply(q, *rope), Rotation.apply(k, *rope), v
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None, step: Decoding | None,

@@ -81,7 +81,9 @@ def test_full_checkpointing_keeps_a_blocks_input_and_less_than_the_others():
     assert of_a_block["full"] == 2048 * 512 * 2  # its input in bf16
     products = 2 * 512 + 2 * 128 + 512 + 2 * 1536  # q, attention, k and v, what is added to the stream, gate and up
     assert of_a_block["selective"] >= 2048 * products * 2 + of_a_block["full"]
-    assert of_a_block["none"] > 1.5 * of_a_block["selective"]
+    # Both norms' inputs and results, q, k, v and attention; gate, up and their product.
+    kept = 2048 * 2 * (4 * 512 + 2 * 512 + 2 * 128 + 3 * 1536)
+    assert kept <= of_a_block["none"] < 1.1 * kept
 
 
 def test_unsharded_gradients_take_four_bytes_a_parameter():
@@ -119,7 +121,7 @@ def small_recipe(tmp_path):
 
 
 def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
-    output = run_plan("--config", small_recipe, "--gpus", "4", "--memory", "1", "--reserve", "0.5")
+    output = run_plan("--config", small_recipe, "--gpus", "4", "--memory", "1", "--reserve", "0.7")
     for stage in ("generate", "score", "train", "export"):
         assert f"\n{stage} " in output
     assert "0.01e9 parameters, 5000 pairs" in output and "DOES NOT FIT" in output

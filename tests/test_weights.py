@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.attention import Segments
-from model.mistral import Mistral, rotary_angles, rotate
+from model.mistral import Mistral, Rotation, rotary_angles
 from model.weights import INDEX, Checkpoint, fingerprint, load_model, save_model, write_checkpoint
 
 
@@ -171,7 +171,7 @@ def test_permuted_rows_rotate_as_mistrals_interleaved_pairs_do(tmp_path):
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones(9, 4), angles)[:, None]).flatten(2)
 
     rope = rotary_angles(positions, 8, 10000.0)
-    q, k = (rotate(layer(x).detach().view(9, -1, 8), *rope) for layer in (loaded.q_proj, loaded.k_proj))
+    q, k = (Rotation.apply(layer(x).detach().view(9, -1, 8), *rope) for layer in (loaded.q_proj, loaded.k_proj))
     scores = lambda q, k: torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1))  # noqa: E731
     torch.testing.assert_close(scores(q, k), scores(theirs("wq"), theirs("wk")), atol=1e-4, rtol=1e-4)
 
