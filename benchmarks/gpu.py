@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,9 +83,9 @@ AIMS = {"train": 0.60, "score": 0.70, "generate": 0.70, "evaluate": 0.50}
 # GSM8K's prompts, and of its answers.
 DOCUMENT_TOKENS = {"arc_challenge": 1101, "truthfulqa_mc2": 66, "winogrande": 164, "hellaswag": 929, "mmlu": 149}
 GSM8K_TOKENS = (1087, 123)
-# What is predicted: 65% of the rate without recomputation (norms, rotations, SiLU and the optimizer are bound by memory),
-# a third more arithmetic for the same useful part where a block is computed twice, a little less lost where it is compiled.
-PREDICTED = {"full": 0.49, "selective": 0.60, "none": 0.65, "full, compiled": 0.52, "none, compiled": 0.70}
+PROMPT = 178  # tokens of a prompt that is generated from
+# What is predicted of what the operators' own floors allow (benchmarks/roofline.py): kernels miss theirs by something.
+PREDICTED = 0.9
 TRANSFORMERS_AIM = 20  # times
 SETTINGS: dict[str, dict] = {  # of training
     "full": {"activation_checkpointing": "full"},
@@ -93,7 +94,16 @@ SETTINGS: dict[str, dict] = {  # of training
     "full, compiled": {"activation_checkpointing": "full", "compile": True},
     "none, compiled": {"activation_checkpointing": "none", "compile": True},
 }
-EIGHTY_GB = {"activation_checkpointing": "full", "second_moment": "bfloat16"}
+HALF_MOMENT = {"second_moment": "bfloat16"}
+
+
+def trainings(shape: Shape) -> dict[str, tuple[dict, int]]:
+    """What is trained with: settings and token budget by the part's name."""
+    first, second, *_ = shape.budgets
+    result = {f"train {name}, {first} tokens": (settings, first) for name, settings in SETTINGS.items()}
+    result |= {f"train full, {budget} tokens": (SETTINGS["full"], budget) for budget in shape.budgets[1:]}
+    result[f"train selective, bf16 second moment, {second} tokens"] = (SETTINGS["selective"] | HALF_MOMENT, second)
+    return result | {"train in 80 GB": (SETTINGS["full"] | HALF_MOMENT, first)}
 
 
 def ultrachat_like(shape: Shape, count: int) -> list[Item]:
@@ -147,15 +157,12 @@ def tests(shape: Shape, options) -> dict:
     return counts | {"failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)}
 
 
-def train_settings(settings: dict, budget: int) -> Callable:
-    def run(shape: Shape, options) -> dict:
-        return trained(shape, settings, budget)
-
-    return run
-
-
-def trained(shape: Shape, settings: dict, budget: int) -> dict:
-    """Rate and memory of training steps; checkpoints are not written."""
+def training(name: str, shape: Shape, options) -> dict:
+    """Rate and memory of training steps; checkpoints are not written. "in 80 GB": held to what torch can have of such a card."""
+    settings, budget = trainings(shape)[name]
+    if "80 GB" in name and this_device().type == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 78 * GIB / whole))
     with ranks() as group, tempfile.TemporaryDirectory() as directory:
         model, items = random_model(shape, group, settings), ultrachat_like(shape, shape.pairs)
         Checkpoints.save = lambda self, step: None
@@ -170,14 +177,6 @@ def trained(shape: Shape, settings: dict, budget: int) -> dict:
         reserved = torch.cuda.max_memory_reserved() if group.device.type == "cuda" else 0  # what decides whether it fits
         return {"pairs/s": shape.pairs / seconds, "tokens/s": tokens / seconds, "useful FLOP/s": useful / seconds,
                 "memory_gib": log[-1]["memory_gb"] * 1e9 / GIB, "reserved_gib": reserved / GIB, "losses": [row["loss"] for row in log]}  # fmt: skip
-
-
-def eighty_gb(shape: Shape, options) -> dict:
-    """The single-GPU recipe of 80 GB, held to what torch can have of such a card."""
-    if this_device().type == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 78 * GIB / whole))
-    return trained(shape, EIGHTY_GB, shape.budgets[0])
 
 
 def scoring(shape: Shape, options) -> dict:
@@ -363,9 +362,8 @@ def _measured_memory(shape: Shape, changes: dict) -> dict:
 def parts(shape: Shape) -> dict[str, Callable]:
     """Every part by its name, in the order in which they are run."""
     result: dict[str, Callable] = {"ceilings": ceilings, "tests": tests}
-    result |= {f"train {name}, {shape.budgets[0]} tokens": train_settings(of, shape.budgets[0]) for name, of in SETTINGS.items()}
-    result |= {f"train full, {budget} tokens": train_settings(SETTINGS["full"], budget) for budget in shape.budgets[1:]}
-    result |= {"train in 80 GB": eighty_gb, "profile": profile, "score": scoring, "generate": generating, "evaluate": evaluating}
+    result |= {name: partial(training, name) for name in trainings(shape)}
+    result |= {"profile": profile, "score": scoring, "generate": generating, "evaluate": evaluating}
     return result | {"memory": memory, "company": company, "recipe": recipe, "resume": resume}
 
 
@@ -381,25 +379,27 @@ class Figure:
     measured: float | None
     ceiling: float
     aim: float
-    predicted: float = 0.0  # share; 0: the aim
+    allowed: float | None = None  # share of the floor, if every operator reached its own
 
 
 def figures(shape: Shape, results: dict) -> list[Figure]:
     """Rates beside what the ceilings allow."""
     matmul, copy = (results.get("ceilings", ASSUMED)[name] for name in ("matmul", "copy"))
+    allowed = operators_shares(shape)
     items = ultrachat_like(shape, 4 * shape.pairs)
     forward = sum(flops(shape.config, item) for item in items) / len(items)
     lines = []
-    for name in parts(shape):
-        if name.startswith("train "):
-            setting = "full" if "80 GB" in name else name.removeprefix("train ").rsplit(", ", 1)[0]
-            measured = _value(results, name, "pairs/s")
-            lines.append(Figure(name, "pairs/s", measured, matmul / (3 * forward), AIMS["train"], PREDICTED[setting]))
-    lines.append(Figure("score", "pairs/s", _value(results, "score", "pairs/s"), matmul / forward, AIMS["score"]))
+    for name in trainings(shape):
+        share = allowed.get(name.replace(", compiled", ""))  # what is compiled has fewer operators: at least that
+        lines.append(Figure(name, "pairs/s", _value(results, name, "pairs/s"), matmul / (3 * forward), AIMS["train"], share))
+    score = Figure("score", "pairs/s", _value(results, "score", "pairs/s"), matmul / forward, AIMS["score"], allowed.get("score"))
+    lines.append(score)
     for slots in shape.slots:
         measured = results.get("generate", {}).get("by slots", {}).get(str(slots))
-        ceiling = decoding_rate(shape, slots, matmul, copy)
-        lines.append(Figure(f"generate, {slots} slots", "tokens/s", measured and measured["tokens/s"], ceiling, AIMS["generate"]))
+        ceiling, name = decoding_rate(shape, slots, matmul, copy), f"generate, {slots} slots"
+        shares = [allowed.get(what, 0.0) for what in (name, "score")]
+        share = decoding_rate(shape, slots, matmul, copy, share=shares) / ceiling if all(shares) else None
+        lines.append(Figure(name, "tokens/s", measured and measured["tokens/s"], ceiling, AIMS["generate"], share))
     rates = {name: matmul / flops(shape.config, Item([1] * n, ([1],))) for name, n in DOCUMENT_TOKENS.items()}
     prompt, answer = GSM8K_TOKENS
     rates["gsm8k"] = decoding_rate(replace(shape, max_new_tokens=answer), max(shape.slots), matmul, copy, prompt) / answer
@@ -413,18 +413,27 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     return lines
 
 
-def decoding_rate(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = 178) -> float:
-    """Tokens/s of answers of max_new_tokens, if each step took the larger of its bytes' and its FLOPs' time.
+def decoding_rate(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = PROMPT, share=(1.0, 1.0)) -> float:
+    """Tokens/s of answers of max_new_tokens, prompts read at the matrix product's rate. share: of the floors that steps and
+    prompts reach."""
+    step = decoding_step(shape, slots, matmul, copy, prompt) / share[0]
+    read = flops(shape.config, Item([1] * prompt, ([1],))) / matmul / share[1]
+    return slots * shape.max_new_tokens / (shape.max_new_tokens * step + slots * read)
 
-    Prompts are read at the matrix product's rate.
-    """
+
+def decoding_step(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = PROMPT) -> float:
+    """Seconds of a token more in each slot, if that took the larger of its bytes' and its FLOPs' time."""
     config = shape.config
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in Mistral(config).parameters()) - config.vocab_size * config.hidden_size
     held = KVCache.bytes_per_slot(config, prompt + shape.max_new_tokens // 2, torch.bfloat16)
-    step = max((2 * weights + slots * held) / copy, 2 * weights * slots / matmul)
-    read = flops(config, Item([1] * prompt, ([1],))) / matmul
-    return slots * shape.max_new_tokens / (shape.max_new_tokens * step + slots * read)
+    return max((2 * weights + slots * held) / copy, 2 * weights * slots / matmul)
+
+
+def operators_shares(shape: Shape) -> dict[str, float]:
+    """Share of the floor by figure, as benchmarks/roofline.py left it; empty where it was not run for this shape."""
+    file = ROOT / f"benchmarks/results/roofline-{shape.name}.json"
+    return {name: of["share"] for name, of in read_json(file).items() if "share" in of} if file.is_file() else {}
 
 
 def _value(results: dict, part_name: str, key: str) -> float | None:
@@ -447,7 +456,7 @@ def bill(shape: Shape, results: dict) -> list[tuple[str, float, float, float, bo
 
 def _rate(figure: Figure) -> float:
     """Measured, or predicted."""
-    return figure.measured or (figure.predicted or figure.aim) * figure.ceiling
+    return figure.measured or (PREDICTED * figure.allowed if figure.allowed else figure.aim) * figure.ceiling
 
 
 def report(shape: Shape, results: dict) -> str:
@@ -464,15 +473,18 @@ def report(shape: Shape, results: dict) -> str:
         + (f"measured (torch {ceiling['torch']})" if measured else "**assumed, nothing was measured**")
         + f": {_si(ceiling['matmul'])}FLOP/s in a large matrix product, {_si(ceiling['copy'])}B/s in a large copy. The floor is "
         "what the useful FLOPs (training: forward and twice as much backward) take at the first, or, in decoding, the bytes at "
-        "the second.",
+        "the second. What the operators allow is the share at which each of them, one after the other, takes what its own FLOPs "
+        "or bytes take (`python -m benchmarks.roofline`); "
+        f"predictions are {PREDICTED:.0%} of that, or the aim.",
         "",
-        "| | rate | at the floor | share | aim |",
-        "|---|---|---|---|---|",
+        "| | rate | at the floor | share | operators allow | aim |",
+        "|---|---|---|---|---|---|",
     ]
     for figure in figures(shape, results):
         rate = f"{_number(_rate(figure))} {figure.unit}" + ", predicted" * (figure.measured is None)
         share = f"{_rate(figure) / figure.ceiling:.0%}" + ", predicted" * (figure.measured is None)
-        lines.append(f"| {figure.what} | {rate} | {_number(figure.ceiling)} | {share} | {figure.aim:.0%} |")
+        allowed = f"{figure.allowed:.0%}" if figure.allowed else ""
+        lines.append(f"| {figure.what} | {rate} | {_number(figure.ceiling)} | {share} | {allowed} | {figure.aim:.0%} |")
     lines += ["", "Hours of this one GPU for the paper's iterations (50k prompts each, 50k pairs and then 100k, 2 epochs):", ""]
     lines += ["| | generate | score | train | all |", "|---|---|---|---|---|"]
     for name, *hours, predicted in bill(shape, results):

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path

@@ -16,7 +16,7 @@ def test_what_was_not_measured_is_predicted_from_the_floors():
     text = report(shape, {})
     assert "assumed, nothing was measured" in text and "not measured" in text
     lines = [line for line in text.splitlines() if line.startswith(("| train", "| score", "| generate,", "| evaluate"))]
-    assert len(lines) == 8 + 1 + 4 + 6 and all(line.count("predicted") == 2 for line in lines)
+    assert len(lines) == 9 + 1 + 4 + 6 and all(line.count("predicted") == 2 for line in lines)
     items = ultrachat_like(shape, 256)
     score = next(figure for figure in figures(shape, {}) if figure.what == "score")
     assert score.ceiling == pytest.approx(ASSUMED["matmul"] * 256 / sum(flops(shape.config, item) for item in items))
@@ -29,7 +29,8 @@ def test_what_was_measured_stands_with_its_share_and_in_the_bill():
     results |= {"score": {"pairs/s": 60.0}, "generate": {"ratio": 25.0, "by slots": {"512": {"tokens/s": 20000}}}}
     text = report(shape, results)
     share = 20.0 / figures(shape, results)[0].ceiling
-    assert f"| train full, 8192 tokens | 20.00 pairs/s | {20 / share:.2f} | {share:.0%} | 60% |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| train full, 8192 tokens |"))
+    assert line.startswith(f"| train full, 8192 tokens | 20.00 pairs/s | {20 / share:.2f} | {share:.0%} | ")
     assert "generate, 64 slots" in text and "25.0 times" in text
     hours = bill(shape, results)[1]
     assert hours[1:4] == pytest.approx((50_000 * 180 / 20_000 / 3600, 100_000 / 60 / 3600, 200_000 / 20 / 3600))
