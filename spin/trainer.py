@@ -1,5 +1,6 @@
 """The training loop, for self-play and for SFT."""
 
+import logging
 import math
 import signal
 import time
@@ -21,6 +22,8 @@ from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
 from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched
+
+log = logging.getLogger("spin")
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
@@ -83,7 +86,7 @@ def train(
     Leaves a checkpoint of the last step. A run that was stopped goes on to the numbers that it would have had, if ranks
     and token budget are the same; with others, up to rounding. Raises RuntimeError, before the optimizer's step, for a
     loss or gradient that is not finite, and for a first step at which policy and opponent are not one model; OSError for
-    a checkpoint that cannot be written; Stopped after SIGTERM, once a checkpoint is there.
+    a checkpoint that cannot be written; Stopped after SIGTERM or Ctrl-C, once a checkpoint is there.
     """
     examples = Examples(part, model, items, opponent, ranks)
     schedule = Schedule(part, len(examples.used))
@@ -92,10 +95,10 @@ def train(
     start = checkpoints.restore()
     steps = [[examples.used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop)]
     with (
-        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as log,
+        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as rows,
         ranks.progress(schedule.stop, "train", "step", start) as bar,
         closing(prefetched(examples.load(chosen) for batch in steps for chosen in examples.share(batch))) as packs,
-        on_sigterm() as stop,
+        asked_to_stop() as stop,
     ):
         for step, batch in enumerate(steps, start):
             began = time.perf_counter()
@@ -132,8 +135,8 @@ def train(
             metrics |= {"grad_norm": norm, "lr": schedule.lr(step)} | examples.speed(batch, time.perf_counter() - began)
             if examples.aside and (done % part.heldout_every == 0 or done == schedule.stop):
                 metrics |= examples.held_out()
-            if log:
-                log.write(metrics)
+            if rows:
+                rows.write(metrics)
                 shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "accuracy") if key in metrics}
                 bar.set_postfix(shown | {"tokens/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False)
             bar.update()
@@ -216,14 +219,24 @@ class Stopped(Exception):
 
 
 @contextmanager
-def on_sigterm():
-    """Yields a list that is empty until the process receives SIGTERM, which does not end it meanwhile."""
+def asked_to_stop():
+    """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it meanwhile.
+
+    However many: on Ctrl-C a rank gets one from the terminal and one from torchrun.
+    """
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def handle(number, frame):
+        if not received:
+            log.info("stopping after this step, with a checkpoint; Ctrl-\\ ends it at once")
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def not_finite(chosen: list[int], logps: Tensor) -> list[int]:

@@ -164,21 +164,22 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
     assert same(run(opponent, group, tmp_path / "full"), undisturbed)  # with room again, it goes on
 
 
-def test_sigterm_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path, number):
     undisturbed = run(opponent, group, tmp_path / "whole", checkpoint_every=100)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     write = Log.write
 
     def write_and_stop(self, row):
         write(self, row)
         if row["step"] == 3:
-            for _ in range(2):  # torchrun and SLURM may each send one
-                signal.raise_signal(signal.SIGTERM)
+            for _ in range(2):  # torchrun and SLURM, or torchrun and the terminal, may each send one
+                signal.raise_signal(number)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, "write", write_and_stop)
         with pytest.raises(Stopped, match="stopped after step 4 of 6"):
             run(opponent, group, tmp_path / "run", checkpoint_every=100)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert steps(tmp_path / "run") == ["step-000004"] and len(metrics(tmp_path / "run")) == 4
     assert same(run(opponent, group, tmp_path / "run", checkpoint_every=100), undisturbed)
