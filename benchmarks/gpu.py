@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def tests(shape: Shape, options) -> dict:
 
 
 def training(name: str, shape: Shape, options) -> dict:
-    """Rate and memory of training steps; checkpoints are not written. "in 80 GB": held to what torch can have of such a card."""
+    """Rate and memory of training steps; checkpoints are not written. "in 80 GB": held to what torch may have of such a card."""
     settings, budget = trainings(shape)[name]
     if "80 GB" in name and this_device().type == "cuda":
         whole = torch.cuda.get_device_properties(0).total_memory
@@ -391,14 +391,16 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     lines = []
     for name in trainings(shape):
         share = allowed.get(name.replace(", compiled", ""))  # what is compiled has fewer operators: at least that
-        lines.append(Figure(name, "pairs/s", _value(results, name, "pairs/s"), matmul / (3 * forward), AIMS["train"], share))
-    score = Figure("score", "pairs/s", _value(results, "score", "pairs/s"), matmul / forward, AIMS["score"], allowed.get("score"))
-    lines.append(score)
+        measured = _value(results, name, "pairs/s")
+        lines.append(Figure(name, "pairs/s", measured, matmul / (3 * forward), AIMS["train"], share))
+    measured = _value(results, "score", "pairs/s")
+    lines.append(Figure("score", "pairs/s", measured, matmul / forward, AIMS["score"], allowed.get("score")))
     for slots in shape.slots:
         measured = results.get("generate", {}).get("by slots", {}).get(str(slots))
         ceiling, name = decoding_rate(shape, slots, matmul, copy), f"generate, {slots} slots"
-        shares = [allowed.get(what, 0.0) for what in (name, "score")]
-        share = decoding_rate(shape, slots, matmul, copy, share=shares) / ceiling if all(shares) else None
+        share = None
+        if allowed:
+            share = decoding_rate(shape, slots, matmul, copy, share=(allowed[name], allowed["score"])) / ceiling
         lines.append(Figure(name, "tokens/s", measured and measured["tokens/s"], ceiling, AIMS["generate"], share))
     rates = {name: matmul / flops(shape.config, Item([1] * n, ([1],))) for name, n in DOCUMENT_TOKENS.items()}
     prompt, answer = GSM8K_TOKENS
@@ -413,9 +415,11 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     return lines
 
 
-def decoding_rate(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = PROMPT, share=(1.0, 1.0)) -> float:
-    """Tokens/s of answers of max_new_tokens, prompts read at the matrix product's rate. share: of the floors that steps and
-    prompts reach."""
+def decoding_rate(shape: Shape, slots: int, matmul: float, copy: float, prompt: int = PROMPT, share: Sequence[float] = (1, 1)) -> float:
+    """Tokens/s of answers of max_new_tokens, prompts read at the matrix product's rate.
+
+    share: how much of their floors' rates steps and prompts reach.
+    """
     step = decoding_step(shape, slots, matmul, copy, prompt) / share[0]
     read = flops(shape.config, Item([1] * prompt, ([1],))) / matmul / share[1]
     return slots * shape.max_new_tokens / (shape.max_new_tokens * step + slots * read)
@@ -474,8 +478,9 @@ def report(shape: Shape, results: dict) -> str:
         + f": {_si(ceiling['matmul'])}FLOP/s in a large matrix product, {_si(ceiling['copy'])}B/s in a large copy. The floor is "
         "what the useful FLOPs (training: forward and twice as much backward) take at the first, or, in decoding, the bytes at "
         "the second. What the operators allow is the share at which each of them, one after the other, takes what its own FLOPs "
-        "or bytes take (`python -m benchmarks.roofline`); "
-        f"predictions are {PREDICTED:.0%} of that, or the aim.",
+        f"or bytes take (`python -m benchmarks.roofline`, for {_si(ASSUMED['matmul'])}FLOP/s and {_si(ASSUMED['copy'])}B/s); where "
+        "that is less than the aim, the aim needs fewer operators (compilation) or another setting. What is compiled is allowed "
+        f"that much at least. Predictions are {PREDICTED:.0%} of what is allowed, or the aim.",
         "",
         "| | rate | at the floor | share | operators allow | aim |",
         "|---|---|---|---|---|---|",

@@ -5,7 +5,8 @@
 The code runs as it is, on tensors without values (as in spin.plan). Each operator that it ends in is charged the longest of:
 its FLOPs at a large matrix product's rate, the bytes that it reads and writes at a large copy's, a kernel's least time. So
 losses are seen that a count of FLOPs does not show: what is no matrix product, what is computed or copied twice. Not seen:
-kernels that miss their rates, waiting for the host, what torch.compile fuses, and the L2 cache (which makes small ones faster).
+kernels that miss their rates, copies inside of them (softmax copies bf16 logits to fp32), waiting for the host, what
+torch.compile fuses, and the L2 cache (which makes small ones faster).
 """
 
 import argparse
@@ -78,6 +79,9 @@ class Roofline(TorchDispatchMode):
         given = {name: value for name, value in (kwargs or {}).items() if name != "out"}
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, FakeTensor)] for tree in ((args, given), result))
         name = func._schema.name.split("::")[1]
+        if not outputs and func._schema.is_mutable:  # torch._foreach_mul_, FSDP's: they return nothing
+            written = (kwargs or {}).get("out", args[0] if args else None)
+            outputs = [x for x in tree_leaves(written) if isinstance(x, FakeTensor)]
         storages = {x.untyped_storage()._cdata for x in inputs}
         aliases = not func._schema.is_mutable and all(x.untyped_storage()._cdata in storages for x in outputs)
         if outputs and not aliases and name not in ALLOCATE:
@@ -100,7 +104,7 @@ class Roofline(TorchDispatchMode):
             moved = outputs
         elif name == "copy_":
             moved = inputs[1:] + outputs
-        operations = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if name in ("mm", "addmm") else 0
+        operations = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if name == "mm" else 0
         return max(operations / self.rates.matmul, sum(x.numel() * x.element_size() for x in moved) / self.rates.copy)
 
 
@@ -119,6 +123,7 @@ def training(shape: Shape, rates: Rates, items: list[Item], budget: int, setting
                     loss, _ = spin_step(config.train, logps, opponent, alike(chosen), len(items))
                     backward(config.train, plan.model, loss, ranks, last=k == len(batches))
                 total.add(now)
+            clip_gradient(plan.model, config.train.max_grad_norm)  # DTensor learns the shapes, and would be charged for it
             with Roofline(rates) as now:
                 clip_gradient(plan.model, config.train.max_grad_norm)
                 plan.optimizer.step()

@@ -84,7 +84,9 @@ class Attention(nn.Module):
         if step is not None:
             parts.append(attend_cached(q[:n], *cache.read(self.layer, n), step, self.window, backend))
         if segments is not None:
-            parts.append(attend(q[n:], k[n:], v[n:], segments, self.window, backend))
+            # A slice from 0 on would cost a copy in the backward pass.
+            fresh = (x[n:] for x in (q, k, v)) if n else (q, k, v)
+            parts.append(attend(*fresh, segments, self.window, backend))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (T, H, D)
         return out.flatten(1)
 

@@ -54,7 +54,7 @@ def errors_in_words():
         raise SystemExit("stopped; the same command goes on from what is there, training from its last checkpoint") from None
     except Stopped as stopped:
         log.info(stopped)
-        raise SystemExit(143) from None  # as a process that SIGTERM ended
+        raise SystemExit(143) from None  # as a process that a signal ended
     except RuntimeError as error:
         if not lost_rank(error):
             raise

@@ -64,7 +64,7 @@ class Generate:
     seed: int = 0
     dtype: str = "bfloat16"  # of weights and cache while sampling
     slots: int = _free(0)  # sequences decoded side by side on each rank; 0: as many as memory holds, at most 512 (CPU: 128)
-    fixed_slots: bool = False  # batch-invariant: the text depends on `slots`, and on nothing that runs beside it
+    fixed_slots: bool = False  # batch-invariant: the text depends on `slots` and the longest prompt, not on what runs beside it
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def generate_pairs(
     def repair() -> set[int]:
         partial.mkdir(parents=True, exist_ok=True)
         if settings.fixed_slots:
-            threads = {"threads": torch.get_num_threads()} if ranks.device.type == "cpu" else {}
-            _same_shapes(partial, {"generate.slots": settings.slots} | threads)
+            on_cpu = ranks.device.type == "cpu"
+            here = {"threads": torch.get_num_threads()} if on_cpu else {"GPU": torch.cuda.get_device_name(ranks.device)}
+            _same_shapes(partial, {"generate.slots": settings.slots} | here)
         for file in partial.glob("rank*.jsonl"):
             cut_unfinished_line(file)
         return {row["prompt"] for row in _rows(partial)}

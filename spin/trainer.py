@@ -1,6 +1,5 @@
 """The training loop, for self-play and for SFT."""
 
-import logging
 import math
 import signal
 import time
@@ -22,8 +21,6 @@ from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
 from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched
-
-log = logging.getLogger("spin")
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
 # other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
@@ -95,7 +92,7 @@ def train(
     start = checkpoints.restore()
     steps = [[examples.used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop)]
     with (
-        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as rows,
+        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as log,
         ranks.progress(schedule.stop, "train", "step", start) as bar,
         closing(prefetched(examples.load(chosen) for batch in steps for chosen in examples.share(batch))) as packs,
         asked_to_stop() as stop,
@@ -135,8 +132,8 @@ def train(
             metrics |= {"grad_norm": norm, "lr": schedule.lr(step)} | examples.speed(batch, time.perf_counter() - began)
             if examples.aside and (done % part.heldout_every == 0 or done == schedule.stop):
                 metrics |= examples.held_out()
-            if rows:
-                rows.write(metrics)
+            if log:
+                log.write(metrics)
                 shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "accuracy") if key in metrics}
                 bar.set_postfix(shown | {"tokens/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False)
             bar.update()
@@ -220,18 +217,13 @@ class Stopped(Exception):
 
 @contextmanager
 def asked_to_stop():
-    """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it meanwhile.
-
-    However many: on Ctrl-C a rank gets one from the terminal and one from torchrun.
-    """
+    """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it meanwhile, however many:
+    torchrun hands on each that it gets. One that is ignored (a script's background job ignores SIGINT) stays so."""
     received: list[int] = []
-
-    def handle(number, frame):
-        if not received:
-            log.info("stopping after this step, with a checkpoint; Ctrl-\\ ends it at once")
-        received.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
     finally:

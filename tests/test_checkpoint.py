@@ -173,7 +173,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path
     def write_and_stop(self, row):
         write(self, row)
         if row["step"] == 3:
-            for _ in range(2):  # torchrun and SLURM, or torchrun and the terminal, may each send one
+            for _ in range(2):  # torchrun and SLURM may each send one
                 signal.raise_signal(number)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -20,6 +20,8 @@ def test_what_was_not_measured_is_predicted_from_the_floors():
     items = ultrachat_like(shape, 256)
     score = next(figure for figure in figures(shape, {}) if figure.what == "score")
     assert score.ceiling == pytest.approx(ASSUMED["matmul"] * 256 / sum(flops(shape.config, item) for item in items))
+    allowed = json.loads((ROOT / "benchmarks/results/roofline-7b.json").read_text())["score"]["share"]
+    assert f"| score | {0.9 * allowed * score.ceiling:.2f} pairs/s, predicted |" in text
 
 
 def test_what_was_measured_stands_with_its_share_and_in_the_bill():

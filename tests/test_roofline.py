@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.gpu import SHAPES, ultrachat_like
 from benchmarks.roofline import Rates, Roofline, decoding, micro_batches_of, scoring, seen, training
 from model.attention import Segments
+from model.mistral import Mistral
 from spin.packing import Item, flops, pack
 
 SLOW = Rates(matmul=1e6, copy=1e3)  # beside which a kernel's least time is nothing
@@ -59,11 +60,29 @@ def test_products_are_the_useful_flops_and_those_done_again(checkpointing, forwa
 
 
 def test_a_decoding_step_reads_the_weights_and_what_the_slots_hold():
-    shape, config = SHAPES["tiny"], SHAPES["tiny"].config
-    of = decoding(shape, Rates(matmul=1e30, copy=1e6), 4, held=50)
+    shape, config, slots = SHAPES["tiny"], SHAPES["tiny"].config, 4
+    of = decoding(shape, Rates(matmul=1e30, copy=1e6), slots, held=50)
     width, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    block = config.hidden_size * (2 * width + 2 * kv + 3 * config.intermediate_size)
-    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
-    assert of.seconds["mm"] * 1e6 == pytest.approx(2 * weights, rel=0.2)  # and rows of four tokens
-    assert of.seconds["_flash_attention_forward"] * 1e6 == pytest.approx(2 * 4 * 50 * kv * 2 * config.num_hidden_layers)
-    assert scoring(shape, Rates(1e12, 1e12), ultrachat_like(shape, 2), 4096).seconds["_flash_attention_backward"] == 0
+    e, f = config.hidden_size, config.intermediate_size
+    block = [(e, width), (e, kv), (e, kv), (width, e), (e, f), (e, f), (f, e)]
+    elements = sum(a * b + slots * (a + b) for a, b in config.num_hidden_layers * block + [(e, config.vocab_size)])
+    assert of.seconds["mm"] * 1e6 == pytest.approx(2 * elements)
+    assert of.seconds["_flash_attention_forward"] * 1e6 == pytest.approx(2 * slots * 50 * kv * 2 * config.num_hidden_layers)
+
+
+def test_operators_that_return_nothing_are_charged_too():
+    a, b = torch.Size((40,)), torch.Size((60,))
+    scaled = charged(lambda: torch._foreach_mul_([torch.empty(a), torch.empty(b)], 2.0))
+    assert scaled == {"_foreach_mul_": pytest.approx(2 * 100 * 4 / 1e3)}
+    items, shape = ultrachat_like(SHAPES["tiny"], 2), SHAPES["tiny"]
+    of = training(shape, Rates(matmul=1e30, copy=1e6), items, 4096, {"activation_checkpointing": "none"})
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in Mistral(shape.config).parameters())
+    assert of.seconds["chunk_cat"] * 1e6 == pytest.approx((2 + 4) * count, rel=1e-3)  # a gradient in bf16, to fp32
+
+
+def test_scoring_is_a_forward_pass():
+    shape = SHAPES["tiny"]
+    of = scoring(shape, Rates(matmul=1e3, copy=1e30), ultrachat_like(shape, 2), 4096)
+    attention = [name for name in of.seconds if name.startswith("_flash")]
+    assert attention == ["_flash_attention_forward"]
