@@ -91,8 +91,8 @@ SETTINGS: dict[str, dict] = {  # of training
     "full": {"activation_checkpointing": "full"},
     "selective": {"activation_checkpointing": "selective"},
     "none": {"activation_checkpointing": "none"},
-    "full, compiled": {"activation_checkpointing": "full", "compile": True},
-    "none, compiled": {"activation_checkpointing": "none", "compile": True},
+    "full compiled": {"activation_checkpointing": "full", "compile": True},
+    "none compiled": {"activation_checkpointing": "none", "compile": True},
 }
 HALF_MOMENT = {"second_moment": "bfloat16"}
 
@@ -100,9 +100,9 @@ HALF_MOMENT = {"second_moment": "bfloat16"}
 def trainings(shape: Shape) -> dict[str, tuple[dict, int]]:
     """What is trained with: settings and token budget by the part's name."""
     first, second, *_ = shape.budgets
-    result = {f"train {name}, {first} tokens": (settings, first) for name, settings in SETTINGS.items()}
-    result |= {f"train full, {budget} tokens": (SETTINGS["full"], budget) for budget in shape.budgets[1:]}
-    result[f"train selective, bf16 second moment, {second} tokens"] = (SETTINGS["selective"] | HALF_MOMENT, second)
+    result = {f"train {name} {first}": (settings, first) for name, settings in SETTINGS.items()}
+    result |= {f"train full {budget}": (SETTINGS["full"], budget) for budget in shape.budgets[1:]}
+    result[f"train selective bf16-moment {second}"] = (SETTINGS["selective"] | HALF_MOMENT, second)
     return result | {"train in 80 GB": (SETTINGS["full"] | HALF_MOMENT, first)}
 
 
@@ -390,7 +390,7 @@ def figures(shape: Shape, results: dict) -> list[Figure]:
     forward = sum(flops(shape.config, item) for item in items) / len(items)
     lines = []
     for name in trainings(shape):
-        share = allowed.get(name.replace(", compiled", ""))  # what is compiled has fewer operators: at least that
+        share = allowed.get(name.replace(" compiled", ""))  # what is compiled has fewer operators: at least that
         measured = _value(results, name, "pairs/s")
         lines.append(Figure(name, "pairs/s", measured, matmul / (3 * forward), AIMS["train"], share))
     measured = _value(results, "score", "pairs/s")
@@ -446,7 +446,7 @@ def _value(results: dict, part_name: str, key: str) -> float | None:
 
 def bill(shape: Shape, results: dict) -> list[tuple[str, float, float, float, bool]]:
     """Hours to generate, score and train of the paper's four iterations, and whether they are predicted."""
-    best = max((f for f in figures(shape, results) if f.what.startswith("train ") and "80" not in f.what), key=_rate)
+    best = best_training(shape, results)
     scored = next(f for f in figures(shape, results) if f.what == "score")
     written = max((f for f in figures(shape, results) if f.what.startswith("generate")), key=_rate)
     predicted = None in (best.measured, scored.measured, written.measured)
@@ -456,6 +456,11 @@ def bill(shape: Shape, results: dict) -> list[tuple[str, float, float, float, bo
         hours = [50_000 * 180 / _rate(written), pairs / _rate(scored), 2 * pairs / _rate(best)]  # 180 tokens a response
         rows.append((f"iteration {n}", *(value / 3600 for value in hours), predicted))
     return rows
+
+
+def best_training(shape: Shape, results: dict) -> Figure:
+    """The settings that train fastest."""
+    return max((f for f in figures(shape, results) if f.what.startswith("train ") and "80" not in f.what), key=_rate)
 
 
 def _rate(figure: Figure) -> float:
@@ -477,7 +482,8 @@ def report(shape: Shape, results: dict) -> str:
         + (f"measured (torch {ceiling['torch']})" if measured else "**assumed, nothing was measured**")
         + f": {_si(ceiling['matmul'])}FLOP/s in a large matrix product, {_si(ceiling['copy'])}B/s in a large copy. The floor is "
         "what the useful FLOPs (training: forward and twice as much backward) take at the first, or, in decoding, the bytes at "
-        "the second. What the operators allow is the share at which each of them, one after the other, takes what its own FLOPs "
+        "the second. What the operators allow is the share at which each of them, one after the other (in decoding with its "
+        "prompts), takes what its own FLOPs "
         f"or bytes take (`python -m benchmarks.roofline`, for {_si(ASSUMED['matmul'])}FLOP/s and {_si(ASSUMED['copy'])}B/s); where "
         "that is less than the aim, the aim needs fewer operators (compilation) or another setting. What is compiled is allowed "
         f"that much at least. Predictions are {PREDICTED:.0%} of what is allowed, or the aim.",
@@ -490,7 +496,9 @@ def report(shape: Shape, results: dict) -> str:
         share = f"{_rate(figure) / figure.ceiling:.0%}" + ", predicted" * (figure.measured is None)
         allowed = f"{figure.allowed:.0%}" if figure.allowed else ""
         lines.append(f"| {figure.what} | {rate} | {_number(figure.ceiling)} | {share} | {allowed} | {figure.aim:.0%} |")
-    lines += ["", "Hours of this one GPU for the paper's iterations (50k prompts each, 50k pairs and then 100k, 2 epochs):", ""]
+    best = best_training(shape, results).what.removeprefix("train ")
+    lines += ["", "Hours of this one GPU for the paper's iterations (50k prompts each, 50k pairs and then 100k, 2 epochs; trained with "
+              f"{best}):", ""]  # fmt: skip
     lines += ["| | generate | score | train | all |", "|---|---|---|---|---|"]
     for name, *hours, predicted in bill(shape, results):
         values = " | ".join(f"{value:.2f}" for value in [*hours, sum(hours)])
@@ -529,7 +537,7 @@ def _rounded(value):
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--shape", choices=SHAPES, default="7b")
-    arguments.add_argument("--parts", default="", help="beginnings of names, with commas; default: all")
+    arguments.add_argument("--parts", help="names or their beginnings, with commas; default: all")
     arguments.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     arguments.add_argument("--limit", type=int, default=480, help="seconds for each part (default: %(default)s)")
     arguments.add_argument("--data", type=Path, help="benchmarks' documents as hf download leaves them, for evaluate")
@@ -544,9 +552,15 @@ def main() -> None:
     name = "h200" if shape.name == "7b" else shape.name
     file = options.out / f"{name}.json"
     results = read_json(file) if file.is_file() else {}
-    chosen = [n for n in parts(shape) if n.startswith(tuple(options.parts.split(",")))]
-    if not chosen:
-        raise SystemExit(f"--parts knows {', '.join(parts(shape))}")
+    names = list(parts(shape))
+    wanted = [part_name.strip() for part_name in (options.parts or ",".join(names)).split(",")]
+    for part_name in wanted:
+        if not part_name or not any(n.startswith(part_name) for n in names):
+            raise SystemExit(f"--parts: {part_name!r} begins none of these: {', '.join(names)}")
+    chosen = [n for n in names if n.startswith(tuple(wanted))]
+    if shape.name == "7b" and not options.predict and not torch.cuda.is_available():
+        raise SystemExit("the 7b shape needs a GPU; --shape tiny runs on a CPU, --predict measures nothing")
+    options.out.mkdir(parents=True, exist_ok=True)
     ended = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # micro-batches differ in length
@@ -570,7 +584,6 @@ def main() -> None:
                 process.wait()
             results[part_name] = read_json(own) if own.is_file() else {"failed": f"ended with {ended[part_name]}"}
             results[part_name]["seconds"] = round(time.perf_counter() - began, 1)
-        options.out.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_json(results))
         write_whole(file.with_suffix(".md"), report(shape, results))
     write_whole(file.with_suffix(".md"), report(shape, results))

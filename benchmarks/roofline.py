@@ -175,6 +175,9 @@ def main() -> None:
     arguments.add_argument("--copy", type=float, default=ASSUMED["copy"], help="B/s of a large copy")
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = arguments.parse_args()
+    if min(options.matmul, options.copy) <= 0:
+        raise SystemExit("--matmul and --copy are rates, above 0")
+    options.out.mkdir(parents=True, exist_ok=True)
     shape, rates = SHAPES[options.shape], Rates(options.matmul, options.copy)
     items = ultrachat_like(shape, shape.pairs)
     forward = sum(flops(shape.config, item) for item in items) / rates.matmul

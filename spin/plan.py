@@ -35,6 +35,7 @@ from spin.packing import Item, flops, pack
 from spin.trainer import alike, backward, spin_step
 
 GIB = 2**30
+MEMORIES = {"H200": 139, "L40S": 44, "RTX 4090": 24}  # GiB, of those that have not 80
 BANDWIDTHS = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.86e12, "RTX 4090": 1.01e12}
 KINDS = ("parameters", "gradients", "optimizer", "gathered parameters", "activations", "other")
 
@@ -308,7 +309,7 @@ def main() -> None:
     parser.add_argument("--iter", type=int, default=0, help="the iteration whose settings are taken (default: 0)")
     parser.add_argument("--architecture", type=Path, help="config.json; default: the base model's, else <recipe>.json")
     parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
-    parser.add_argument("--memory", type=float, default=80, help="GiB of each (default: 80)")
+    parser.add_argument("--memory", type=float, help="GiB of each (default: --gpu's)")
     parser.add_argument("--reserve", type=float, default=4, help="GiB kept back for what is not seen here (default: 4)")
     parser.add_argument("--gpu", default="H100", choices=list(PEAKS), help="whose peak and bandwidth (default: H100)")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached (default: 0.4)")
@@ -325,10 +326,10 @@ def main() -> None:
         lengths = tuple(int(part) for part in arguments.lengths.split(","))
         if len(lengths) != 3 or min(lengths) < 1 or arguments.gpus < 1 or not 0 < arguments.share <= 1:
             raise ValueError("--lengths takes three numbers, --gpus one of at least 1, --share one in (0, 1]")
+        memory = arguments.memory or MEMORIES.get(arguments.gpu, 80)
         text = report(
-            config, architecture, arguments.gpus, arguments.memory, arguments.reserve, arguments.gpu, arguments.share,
-            pairs, lengths,
-        )  # fmt: skip
+            config, architecture, arguments.gpus, memory, arguments.reserve, arguments.gpu, arguments.share, pairs, lengths
+        )
         sys.stdout.write(text)
 
 

@@ -31,8 +31,8 @@ def test_what_was_measured_stands_with_its_share_and_in_the_bill():
     results |= {"score": {"pairs/s": 60.0}, "generate": {"ratio": 25.0, "by slots": {"512": {"tokens/s": 20000}}}}
     text = report(shape, results)
     share = 20.0 / figures(shape, results)[0].ceiling
-    line = next(line for line in text.splitlines() if line.startswith("| train full, 8192 tokens |"))
-    assert line.startswith(f"| train full, 8192 tokens | 20.00 pairs/s | {20 / share:.2f} | {share:.0%} | ")
+    line = next(line for line in text.splitlines() if line.startswith("| train full 8192 |"))
+    assert line.startswith(f"| train full 8192 | 20.00 pairs/s | {20 / share:.2f} | {share:.0%} | ")
     assert "generate, 64 slots" in text and "25.0 times" in text
     hours = bill(shape, results)[1]
     assert hours[1:4] == pytest.approx((50_000 * 180 / 20_000 / 3600, 100_000 / 60 / 3600, 200_000 / 20 / 3600))

@@ -125,7 +125,8 @@ def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
     for stage in ("generate", "score", "train", "export"):
         assert f"\n{stage} " in output
     assert "0.01e9 parameters, 5000 pairs" in output and "DOES NOT FIT" in output
-    assert "train.token_budget = 8192: fits" in run_plan("--config", small_recipe, "--gpus", "4")
+    output = run_plan("--config", small_recipe, "--gpus", "4", "--gpu", "H200")
+    assert "train.token_budget = 8192: fits" in output and "4 x 139 GiB" in output
 
 
 def test_bad_arguments_are_refused(small_recipe, tmp_path):
