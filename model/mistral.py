@@ -45,7 +45,8 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+        rotated = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return rotated if x.dtype == rotated.dtype else rotated.to(x.dtype)  # as below: here `to` may return its input
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -98,7 +99,9 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         """gate, up: (T, F) → (T, F)"""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up  # in place, torch.compile of torch 2.11 loses the gradient
+        # Not in place: where a forward pass ends with an operator that returns its input, torch 2.11's compile loses the
+        # gradient.
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, grad: Tensor):
