@@ -24,6 +24,7 @@ import time
 import torch
 
 from benchmarks.model import CONFIG, matmul_rate, memory_status
+from benchmarks.train import SEVEN_B
 from model.attention import Segments
 from model.config import ModelConfig
 from model.kv_cache import KVCache
@@ -37,8 +38,7 @@ SHAPES = {
     "tiny": ModelConfig(vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5),
     "60m": CONFIG,
-    "7b": ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                      num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, sliding_window=4096),
+    "7b": SEVEN_B,
 }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class Rotation(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         rotated = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-        return rotated if x.dtype == rotated.dtype else rotated.to(x.dtype)  # as below: here `to` may return its input
+        return rotated if x.dtype == rotated.dtype else rotated.to(x.dtype)  # `to` might return its input: see SwiGLU
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -43,6 +43,8 @@ def test_decoding_is_bound_by_bytes_with_few_slots_and_by_arithmetic_with_many()
     few, many = (decoding_rate(shape, slots, 1e30, 4e12) for slots in (1, 2))
     assert 1.9 < many / few < 2  # the weights are read once for both
     assert decoding_rate(shape, 512, 1e12, 1e30) == pytest.approx(decoding_rate(shape, 64, 1e12, 1e30), rel=1e-6)
+    halves = decoding_rate(shape, 64, 8e14, 4e12, share=(0.5, 0.5))
+    assert halves == pytest.approx(decoding_rate(shape, 64, 8e14, 4e12) / 2)
 
 
 def test_a_part_that_fails_is_said_and_one_that_is_there_is_kept(tmp_path):
