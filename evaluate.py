@@ -1,8 +1,8 @@
 """Evaluate a run's base model and iterations, or any checkpoint; compare two results; write a run's report.
 
-    torchrun evaluate.py --config configs/zephyr-7b.toml --iter base,0-3
-    python evaluate.py --model DIR --tasks leaderboard --data data/eval --out DIR        # any checkpoint
-    python evaluate.py --compare runs/a/iter0/evaluation runs/a/iter3/evaluation
+torchrun evaluate.py --config configs/zephyr-7b.toml --iter base,0-3
+python evaluate.py --model DIR --tasks leaderboard --data data/eval --out DIR        # any checkpoint
+python evaluate.py --compare runs/a/iter0/evaluation runs/a/iter3/evaluation
 """
 
 import sys
@@ -26,15 +26,23 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--iter", help="which of the run's models: base, 0, 0-3, or several with commas")
     what.add_argument("--model", type=Path, help="a model directory instead; needs --out")
-    what.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two evaluations, document by document")
+    what.add_argument(
+        "--compare", type=Path, nargs=2, metavar="DIR", help="two evaluations, document by document"
+    )
     what.add_argument("--report", action="store_true", help="write the run's report from what is there")
     parser.add_argument("--out", type=Path, help="with --model: where the results go")
-    parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="with --report: prompts with this in them")
+    parser.add_argument(
+        "--show", action="append", default=[], metavar="TEXT", help="with --report: prompts with this in them"
+    )
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
     with cli.errors_in_words():
         known, _ = parser.parse_known_args()
-        given = [f"--evaluate.{name}={getattr(known, name)}" for name in SETTINGS if getattr(known, name) is not None]
+        given = [
+            f"--evaluate.{name}={getattr(known, name)}"
+            for name in SETTINGS
+            if getattr(known, name) is not None
+        ]
         if known.compare:
             sys.stdout.write(compare(*known.compare) + "\n")
             return

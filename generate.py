@@ -1,8 +1,8 @@
 """Write the opponent's responses of an iteration, or talk to models.
 
-    torchrun --nproc-per-node 8 generate.py --config configs/zephyr-7b.toml --iter 0   # train.py goes on from there
-    python generate.py --iter base,0,1 --prompt "…"                                    # side by side
-    python generate.py --model DIR --interactive                                       # any checkpoint
+torchrun --nproc-per-node 8 generate.py --config configs/zephyr-7b.toml --iter 0   # then train.py
+python generate.py --iter base,0,1 --prompt "…"                                    # side by side
+python generate.py --model DIR --interactive                                       # any checkpoint
 """
 
 import os
@@ -22,10 +22,17 @@ from spin.talk import Speaker, side_by_side
 def main() -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--iter", help="N: the prompts of iteration N, answered by the model before it; when talking: the "
-                       "models themselves, as in base,0,1")  # fmt: skip
-    which.add_argument("--model", type=Path, nargs="+", help="when talking: model directories instead "
-                       "(asked under the recipe's train.template)")
+    which.add_argument(
+        "--iter",
+        help="N: the prompts of iteration N, answered by the model before it; when talking: the "
+        "models themselves, as in base,0,1",
+    )
+    which.add_argument(
+        "--model",
+        type=Path,
+        nargs="+",
+        help="when talking: model directories instead (asked under the recipe's train.template)",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="talk: a question, put under the training's template")
     what.add_argument("--interactive", action="store_true", help="talk: a question on each line")
@@ -34,19 +41,24 @@ def main() -> None:
         if arguments.interactive or arguments.prompt is not None:
             models = _models(arguments, recipe)
             if arguments.prompt is not None:
-                _respond((Speaker(*model) for model in models), len(models), arguments.prompt)  # one in memory at a time
+                # one in memory at a time
+                _respond((Speaker(*model) for model in models), len(models), arguments.prompt)
             else:
                 _interact([Speaker(*model) for model in models])
         elif arguments.model:
-            raise ValueError('--model goes with --prompt "…" or --interactive; without them, --iter names a job')
+            raise ValueError(
+                '--model goes with --prompt "…" or --interactive; without them, --iter names a job'
+            )
         else:
             _generate(arguments, recipe)
 
 
 def _generate(arguments, recipe) -> None:
     if not arguments.iter.isdigit():
-        raise ValueError(f"--iter {arguments.iter}: one iteration at a time is generated for; several models, and base, "
-                         "are for --prompt and --interactive")  # fmt: skip
+        raise ValueError(
+            f"--iter {arguments.iter}: one iteration at a time is generated for; several models, and base, "
+            "are for --prompt and --interactive"
+        )
     n = int(arguments.iter)
     config = recipe.at(n)
     check(recipe, [n])
@@ -57,9 +69,13 @@ def _generate(arguments, recipe) -> None:
 
 
 def _models(arguments, recipe):
-    """(name, directory, settings) of the models to talk to. Raises ValueError or OSError if one can't be loaded."""
+    """(name, directory, settings) of the models to talk to. Raises ValueError or OSError if one can't be
+    loaded.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--prompt and --interactive talk from one process; start python generate.py, without torchrun")
+        raise ValueError(
+            "--prompt and --interactive talk from one process; start python generate.py, without torchrun"
+        )
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ValueError("--prompt is empty")
     if arguments.model:
@@ -106,7 +122,9 @@ def _interact(speakers: Sequence[Speaker]) -> None:
 def _respond(speakers: Iterable[Speaker], count: int, question: str) -> None:
     """Print one model's answer as it comes, those of several side by side, as wide as the terminal."""
     answers = {}
-    for speaker in tqdm(speakers, total=count, unit="answer", leave=False, disable=count == 1 or not sys.stderr.isatty()):
+    for speaker in tqdm(
+        speakers, total=count, unit="answer", leave=False, disable=count == 1 or not sys.stderr.isatty()
+    ):
         if count == 1:
             for piece in speaker.answer(question):
                 print(piece, end="", flush=True)

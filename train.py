@@ -1,8 +1,8 @@
 """Run SPIN iterations: what is missing of them, from the opponent's responses to the evaluated model.
 
-    python train.py --iter 0                                   # one process: a CPU, or one GPU
-    torchrun --nproc-per-node 8 train.py --config configs/zephyr-7b.toml --iter 0-3
-    python train.py --sft                                      # the base model alone, by plain SFT
+python train.py --iter 0                                   # one process: a CPU, or one GPU
+torchrun --nproc-per-node 8 train.py --config configs/zephyr-7b.toml --iter 0-3
+python train.py --sft                                      # the base model alone, by plain SFT
 """
 
 from pathlib import Path

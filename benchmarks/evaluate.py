@@ -2,11 +2,11 @@
 
     python -m benchmarks.evaluate [--data ../shared/data/eval] [--limit 24] [--repeats 3]
 
-About 60M parameters, Mistral's shape and tokenizer, random weights, fp32. Every score, prediction and metric is compared
-first. The reference takes, for each task, the best of some batch sizes, tried on its first documents. Timed is what each
-side does with its documents in memory and its model loaded: encoding, forward passes, generation; ours writes its results
-too. Peak memory is of a fresh process for each side, the reference's with batches of one. Without --data, small documents
-of random words are made.
+About 60M parameters, Mistral's shape and tokenizer, random weights, fp32. Every score, prediction and metric
+is compared first. The reference takes, for each task, the best of some batch sizes, tried on its first
+documents. Timed is what each side does with its documents in memory and its model loaded: encoding, forward
+passes, generation; ours writes its results too. Peak memory is of a fresh process for each side, the
+reference's with batches of one. Without --data, small documents of random words are made.
 
     python -m benchmarks.evaluate --shape 7b --device cuda --data DIR      # ours alone, random weights, bf16
 
@@ -57,7 +57,13 @@ SHAPES = {"7b": SEVEN_B, "60m": CONFIG}
 class Ours:
     def __init__(self, model_dir: Path, data: Path, names: list[str], limit: int):
         self.group = ranks().__enter__()
-        changes = {"tasks": ",".join(names), "data": str(data), "limit": limit, "dtype": "float32", "token_budget": 4096}
+        changes = {
+            "tasks": ",".join(names),
+            "data": str(data),
+            "limit": limit,
+            "dtype": "float32",
+            "token_budget": 4096,
+        }
         self.config = build({f"evaluate.{key}": value for key, value in changes.items()})
         self.tasks = {task.name: task for task in load_tasks(self.config)}
         self.model, self.tokenizer = load_model(model_dir, torch.float32), Tokenizer(model_dir)
@@ -106,7 +112,9 @@ class Theirs:
     def _run(self, name: str, batch_size: int, limit: int) -> tuple[float, list[dict]]:
         self.backend.batch_size_per_gpu, self.seconds = batch_size, 0.0
         with tempfile.TemporaryDirectory() as folder:
-            got = run_harness(self.model_dir, [name], self.data, Path(folder), limit=limit, model=self.backend)
+            got = run_harness(
+                self.model_dir, [name], self.data, Path(folder), limit=limit, model=self.backend
+            )
         return self.seconds, got["samples"][name]
 
 
@@ -130,14 +138,18 @@ def agree(name: str, ours: list[dict], theirs: list[dict]) -> tuple[float, int]:
         else:
             scores = [float(of_choice[0][0]) for of_choice in sample["resps"]]
             apart = max([apart, *(abs(a - b) for a, b in zip(scores, row["scores"], strict=True))])
-            same = all(math.isclose(sample[m], row[m], abs_tol=1e-4) for m in ("acc", "acc_norm") if m in sample)
+            same = all(
+                math.isclose(sample[m], row[m], abs_tol=1e-4) for m in ("acc", "acc_norm") if m in sample
+            )
             same &= row["prediction"] == scores.index(max(scores))
         differing += not same
     return apart, differing
 
 
 def _bytes_alike(text: str) -> str:
-    """Tokens of single bytes that are no UTF-8: of a run with a broken one transformers replaces all, sentencepiece that one."""
+    """Tokens of single bytes that are no UTF-8: of a run with a broken one transformers replaces all,
+    sentencepiece that one.
+    """
     return re.sub("[\ufffd\x00-\x1f]*\ufffd[\ufffd\x00-\x1f]*", lambda run: "\ufffd" * len(run[0]), text)
 
 
@@ -158,24 +170,38 @@ def _memory() -> float:
 
 
 def small_weights(directory: Path, config: ModelConfig = CONFIG) -> None:
-    """Random weights, wide enough that attention is far from uniform, with Mistral's tokenizer for both sides."""
+    """Random weights, wide enough that attention is far from uniform, with Mistral's tokenizer for both
+    sides.
+    """
     import mistral_common
 
     model = Mistral(config).init_weights(0)
     for name, weight in model.named_parameters():
-        scale = {"embed": 0.2, "q_proj": 0.06, "k_proj": 0.06, "lm_head": 0.1}.get(name.split(".")[-2].split("_t")[0], 0.05)
+        scale = {"embed": 0.2, "q_proj": 0.06, "k_proj": 0.06, "lm_head": 0.1}.get(
+            name.split(".")[-2].split("_t")[0], 0.05
+        )
         if weight.dim() > 1:
             weight.data.mul_(scale / weight.data.std())
     save_model(model, directory, torch.float32)
-    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", directory / "tokenizer.model")
+    shutil.copy(
+        Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", directory / "tokenizer.model"
+    )
     write_tokenizer_json(directory)
 
 
 def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit: int) -> dict:
-    """Ours in bf16 with random weights: seconds and documents per second by task, and the leaderboard's projected hours."""
+    """Ours in bf16 with random weights: seconds and documents per second by task, and the leaderboard's
+    projected hours.
+    """
     import mistral_common
 
-    changes = {"tasks": ",".join(names), "data": str(data), "limit": limit, "dtype": "bfloat16", "logit_chunk": 2048}
+    changes = {
+        "tasks": ",".join(names),
+        "data": str(data),
+        "limit": limit,
+        "dtype": "bfloat16",
+        "logit_chunk": 2048,
+    }
     settings: Config = build({f"evaluate.{key}": value for key, value in changes.items()})
     tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
     with torch.device("meta"):
@@ -186,7 +212,9 @@ def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit:
     result, rate = {}, {}
     with ranks() as group:
         for task in load_tasks(settings):
-            engine = Engine("random", settings.evaluate, model, tokenizer, Encoder(tokenizer, bos=True), group)
+            engine = Engine(
+                "random", settings.evaluate, model, tokenizer, Encoder(tokenizer, bos=True), group
+            )
             list(task.answers(engine, range(min(4, len(task)))))  # allocates, captures graphs
             began = time.perf_counter()
             list(task.answers(engine, range(len(task))))
@@ -198,16 +226,22 @@ def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit:
         rate["mmlu"] = len(subjects) / sum(1 / value for value in subjects)
         result["mmlu"] = {"subjects": len(subjects), "documents/s": round(rate["mmlu"], 2)}
     hours = {name: WHOLE[name] / rate[name] / 3600 for name in WHOLE if name in rate}
-    result["projected hours"] = {name: round(value, 3) for name, value in hours.items()} | {"all": round(sum(hours.values()), 3)}
+    result["projected hours"] = {name: round(value, 3) for name, value in hours.items()} | {
+        "all": round(sum(hours.values()), 3)
+    }
     if device == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     return result
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--data", type=Path, help="data sets as hf download leaves them")
-    arguments.add_argument("--limit", type=int, default=24, help="documents of each task (default: %(default)s)")
+    arguments.add_argument(
+        "--limit", type=int, default=24, help="documents of each task (default: %(default)s)"
+    )
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--tasks", help="with commas; default: all that there is data for")
     arguments.add_argument("--shape", choices=SHAPES, help="ours alone, in this shape")
@@ -218,9 +252,18 @@ def main() -> None:
         if not options.data:
             write_documents(work / "data", 24)
         data = options.data or work / "data"
-        names = options.tasks.split(",") if options.tasks else [n for n, t in BENCHMARKS.items() if not t.source.missing(data)]
+        names = (
+            options.tasks.split(",")
+            if options.tasks
+            else [n for n, t in BENCHMARKS.items() if not t.source.missing(data)]
+        )
         if options.shape:
-            print(json.dumps({"name": "evaluate"} | alone(SHAPES[options.shape], options.device, data, names, options.limit)))
+            print(
+                json.dumps(
+                    {"name": "evaluate"}
+                    | alone(SHAPES[options.shape], options.device, data, names, options.limit)
+                )
+            )
             return
         small_weights(work / "model")
         print(json.dumps(measure(work / "model", data, names, options.limit, options.repeats)))
@@ -237,7 +280,9 @@ def measure(model_dir: Path, data: Path, names: list[str], limit: int, repeats: 
         of_task, differ = agree(name, rows["ours"], rows["theirs"])
         apart, documents = max(apart, of_task), documents + len(rows["ours"])
         if of_task > 1e-3 or differ > (0.1 * len(rows["ours"]) if name == "gsm8k" else 0):
-            raise SystemExit(f"{name}: scores differ by {of_task:.1e}, {differ} of {len(rows['ours'])} documents differ")
+            raise SystemExit(
+                f"{name}: scores differ by {of_task:.1e}, {differ} of {len(rows['ours'])} documents differ"
+            )
         if differ:
             differing[name] = differ  # long greedy texts, in which rounding tips a near tie
         took = {kind: [side.apply(_run, (name,))[0] for _ in range(repeats)] for kind, side in sides.items()}
@@ -245,12 +290,19 @@ def measure(model_dir: Path, data: Path, names: list[str], limit: int, repeats: 
         shown = {kind: round(value, 2) for kind, value in seconds[name].items()}
         print(f"{name}: {len(rows['ours'])} documents, {shown} s", flush=True)
     result = {"name": "evaluate", "documents": documents, "threads": torch.get_num_threads()}
-    total = lambda kind, names: sum(seconds[name][kind] for name in names)  # noqa: E731
+
+    def total(kind, names):
+        return sum(seconds[name][kind] for name in names)
+
     for family, prefixes in FAMILIES.items():
         members = [name for name in names if name.startswith(prefixes)]
         if members:
             ours, theirs = total("ours", members), total("theirs", members)
-            result[family] = {"ratio": round(theirs / ours, 2), "ours": round(ours, 2), "lm-eval": round(theirs, 2)}
+            result[family] = {
+                "ratio": round(theirs / ours, 2),
+                "ours": round(ours, 2),
+                "lm-eval": round(theirs, 2),
+            }
     ours, theirs = total("ours", names), total("theirs", names)
     for side in sides.values():
         side.terminate()
@@ -260,7 +312,9 @@ def measure(model_dir: Path, data: Path, names: list[str], limit: int, repeats: 
         "ours": round(ours, 2),
         "lm-eval": round(theirs, 2),
         "agreed": {"scores within": float(f"{apart:.1e}"), "documents that differ": differing},
-        "tasks": {name: {kind: round(value, 2) for kind, value in both.items()} for name, both in seconds.items()},
+        "tasks": {
+            name: {kind: round(value, 2) for kind, value in both.items()} for name, both in seconds.items()
+        },
         "peak_memory_gb": memory,
     }
 
@@ -269,7 +323,9 @@ def peak_memory(model_dir: Path, data: Path, names: list[str], limit: int) -> di
     """GB that a fresh process of each side grows by; the reference with batches of one, its smallest."""
     grown = {}
     for kind, name in (("ours", "ours"), ("theirs", "lm-eval")):
-        with multiprocessing.get_context("spawn").Pool(1, _begin, (kind, model_dir, data, names, limit)) as side:
+        with multiprocessing.get_context("spawn").Pool(
+            1, _begin, (kind, model_dir, data, names, limit)
+        ) as side:
             for task in names:
                 side.apply(_run, (task, 1))
             grown[name] = round(side.apply(_memory), 2)

@@ -1,16 +1,20 @@
 r"""The slot sampler beside transformers' generate, as the official pipeline uses it.
 
-    python -m benchmarks.generate --model DIR --data FILE [--dtype float32]         # a trained model: its texts end
+    # A trained model, whose texts end:
+    python -m benchmarks.generate --model DIR --data FILE [--dtype float32]
+    # The paper's shape:
     python -m benchmarks.generate --shape 7b --device cuda --dtype bfloat16 --slots 64,128,256,512 \
-        --prompts 1024 --reference-prompts 64 --repeats 1                            # the paper's shape, unrun so far
+        --prompts 1024 --reference-prompts 64 --repeats 1
 
-The reference is MistralForCausalLM.generate with SDPA, greedy, on batches of 16 in file order, padded at the left: a
-batch takes as long as its longest response. Tokens are counted up to a response's end. Texts are compared first; where
-they differ, the gap between the two best logits at the first difference is shown. Without --model, weights are random,
-prompts are random tokens of lengths like UltraChat's (10 to 512), and every response has --max-new-tokens.
+The reference is MistralForCausalLM.generate with SDPA, greedy, on batches of 16 in file order, padded at the
+left: a batch takes as long as its longest response. Tokens are counted up to a response's end. Texts are
+compared first; where they differ, the gap between the two best logits at the first difference is shown.
+Without --model, weights are random, prompts are random tokens of lengths like UltraChat's (10 to 512), and
+every response has --max-new-tokens.
 
-The floor is the larger of two times: all FLOPs at the rate of a large matrix product; and, with every slot always busy,
-the weights and the cache that each step reads at the rate of a large copy. docs/gsm8k.md says how to make the model.
+The floor is the larger of two times: all FLOPs at the rate of a large matrix product; and, with every slot
+always busy, the weights and the cache that each step reads at the rate of a large copy. docs/gsm8k.md says
+how to make the model.
 """
 
 import argparse
@@ -35,11 +39,19 @@ from model.weights import load_model
 
 BATCH = 16
 SHAPES = {
-    "tiny": ModelConfig(vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5),
+    "tiny": ModelConfig(
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+    ),
     "60m": CONFIG,
     "7b": SEVEN_B,
-}  # fmt: skip
+}
 
 
 class Load:
@@ -60,7 +72,9 @@ class Load:
             with self.device:
                 self.model = Mistral(SHAPES[options.shape]).to(self.dtype).eval()
             rng = random.Random(0)
-            lengths = [min(512, max(10, round(rng.lognormvariate(4.92, 0.75)))) for _ in range(options.prompts)]
+            lengths = [
+                min(512, max(10, round(rng.lognormvariate(4.92, 0.75)))) for _ in range(options.prompts)
+            ]
             vocabulary = self.model.config.vocab_size
             self.prompts = [[rng.randrange(3, vocabulary) for _ in range(n)] for n in lengths]
         self.config = self.model.config
@@ -71,9 +85,14 @@ class Load:
 
     def ours(self, prompts, slots: int, **settings) -> list[list[int]]:
         return generate(
-            self.model, prompts, max_new_tokens=self.options.max_new_tokens, eos_id=self.eos, slots=slots,
-            vocab_limit=self.vocab, **settings,
-        )  # fmt: skip
+            self.model,
+            prompts,
+            max_new_tokens=self.options.max_new_tokens,
+            eos_id=self.eos,
+            slots=slots,
+            vocab_limit=self.vocab,
+            **settings,
+        )
 
 
 class Transformers:
@@ -84,7 +103,11 @@ class Transformers:
 
         self.load = load
         if load.options.model:
-            self.model = AutoModelForCausalLM.from_pretrained(load.options.model, dtype=load.dtype).to(load.device).eval()
+            self.model = (
+                AutoModelForCausalLM.from_pretrained(load.options.model, dtype=load.dtype)
+                .to(load.device)
+                .eval()
+            )
             return
         values = load.config.to_dict("float32")
         config = MistralConfig(**{key: value for key, value in values.items() if key != "architectures"})
@@ -101,13 +124,20 @@ class Transformers:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             longest = max(map(len, batch))
-            pad = lambda filler, row: [filler] * (longest - len(row)) + row  # noqa: E731
+
+            def pad(filler, row):
+                return [filler] * (longest - len(row)) + row
+
             ids = torch.tensor([pad(0, row) for row in batch], device=self.load.device)
             mask = torch.tensor([pad(0, [1] * len(row)) for row in batch], device=self.load.device)
             output = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=self.load.options.max_new_tokens, do_sample=False,
-                eos_token_id=eos, pad_token_id=0,
-            )  # fmt: skip
+                ids,
+                attention_mask=mask,
+                max_new_tokens=self.load.options.max_new_tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=0,
+            )
             for row in output[:, longest:].tolist():
                 responses.append(row[: row.index(eos) + 1] if eos in row else row)
         return responses
@@ -124,8 +154,12 @@ def differences(load: Load, prompts, ours, theirs) -> list[tuple[float, float]]:
             place = next(i for i, (x, y) in enumerate(zip([*a, None], [*b, None])) if x != y)
             ids = torch.tensor(prompt + a[:place], device=load.device)
             with torch.inference_mode():
-                logits = load.model(ids, torch.arange(len(ids), device=load.device), Segments.causal([len(ids)],
-                                    load.device), at=torch.tensor([len(ids) - 1], device=load.device))  # fmt: skip
+                logits = load.model(
+                    ids,
+                    torch.arange(len(ids), device=load.device),
+                    Segments.causal([len(ids)], load.device),
+                    at=torch.tensor([len(ids) - 1], device=load.device),
+                )
             best = logits[0].topk(2).values
             gap = float(best[0] - best[1])
             gaps.append((gap, gap / float(logits.abs().max())))
@@ -133,7 +167,9 @@ def differences(load: Load, prompts, ours, theirs) -> list[tuple[float, float]]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read per second while a large tensor is summed (CPU) or copied (GPU: half of the traffic), the best of a few."""
+    """Bytes read per second while a large tensor is summed (CPU) or copied (GPU: half of the traffic), the
+    best of a few.
+    """
     source = torch.ones(1 << 28 if device.type == "cuda" else 1 << 26, device=device)
     target, seconds, times = torch.empty_like(source), [], 20 if device.type == "cuda" else 1
     for _ in range(7):
@@ -146,11 +182,15 @@ def copy_rate(device: torch.device) -> float:
     return (2 if device.type == "cuda" else 1) * source.nbytes / min(seconds)
 
 
-def floor_seconds(load: Load, prompts, responses, slots: int, flops: float, bandwidth: float) -> dict[str, float]:
+def floor_seconds(
+    load: Load, prompts, responses, slots: int, flops: float, bandwidth: float
+) -> dict[str, float]:
     """The two times of this file's head, in seconds, for these texts."""
     config = load.config
     head = config.vocab_size * config.hidden_size
-    weights = sum(p.numel() for p in load.model.parameters() if p.dim() > 1) - (0 if config.tie_word_embeddings else head)
+    weights = sum(p.numel() for p in load.model.parameters() if p.dim() > 1) - (
+        0 if config.tie_word_embeddings else head
+    )
     read = sum(map(len, prompts))  # a prompt's last token alone gives logits
     decoded = sum(len(response) - 1 for response in responses)  # the first token comes with the prompt
     # Each decoded token sees its prompt and the response before it.
@@ -174,7 +214,9 @@ def timed(load: Load, work):
 
 
 def peak_memory(kind: str, options: argparse.Namespace) -> float:
-    """GB that a process's (on a GPU: torch's) memory grows to, weights included, over the benchmark's prompts."""
+    """GB that a process's (on a GPU: torch's) memory grows to, weights included, over the benchmark's
+    prompts.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure_memory, (kind, options))
 
@@ -201,7 +243,9 @@ def _measure_memory(kind: str, options: argparse.Namespace) -> float:
 
 
 def parse() -> argparse.Namespace:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--model", help="a checkpoint that has learned to end its answers")
     arguments.add_argument("--data", help="with --model: JSONL")
     arguments.add_argument("--column", default="question", help="its column with the prompts")
@@ -210,7 +254,9 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments.add_argument("--prompts", type=int, default=256)
-    arguments.add_argument("--reference-prompts", type=int, default=0, help="fewer for the slower side; 0: as many")
+    arguments.add_argument(
+        "--reference-prompts", type=int, default=0, help="fewer for the slower side; 0: as many"
+    )
     arguments.add_argument("--max-new-tokens", type=int, default=256)
     arguments.add_argument("--slots", default="0", help="one number, or several to go through; 0: by memory")
     arguments.add_argument("--repeats", type=int, default=3)
@@ -240,12 +286,16 @@ def main() -> None:
         seconds["ours"].append(taken)
         b, taken = timed(load, lambda: theirs.generate(few))
         seconds["transformers"].append(taken)
-        print(f"ours {seconds['ours'][-1]:.1f} s, transformers {seconds['transformers'][-1]:.1f} s", flush=True)
+        print(
+            f"ours {seconds['ours'][-1]:.1f} s, transformers {seconds['transformers'][-1]:.1f} s", flush=True
+        )
     gaps = differences(load, few, a, b)
     same = len(few) - len(gaps)
     tokens, their_tokens = sum(map(len, a)), sum(map(len, b))
-    rates = {"ours": tokens / statistics.median(seconds["ours"]),
-             "transformers": their_tokens / statistics.median(seconds["transformers"])}  # fmt: skip
+    rates = {
+        "ours": tokens / statistics.median(seconds["ours"]),
+        "transformers": their_tokens / statistics.median(seconds["transformers"]),
+    }
     ratio = rates["ours"] / rates["transformers"]
     # Texts may part where the two best logits tie within rounding, and nowhere else.
     # (Random weights' logits are all small, so that the last bit of bf16 is a larger share of them.)
@@ -254,15 +304,25 @@ def main() -> None:
         raise SystemExit(f"the two sides wrote different texts: {same} of {len(few)} agree, gaps {gaps}")
     flops, bandwidth = matmul_rate(load.dtype, load.device), copy_rate(load.device)
     result = {
-        "name": "generate", "dtype": options.dtype, "device": options.device, "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in load.model.parameters()), "prompts": len(prompts), "slots": slots,
-        "mean prompt": round(sum(map(len, prompts)) / len(prompts), 1), "mean response": round(tokens / len(a), 1),
-        "ended": sum(r[-1] == load.eos for r in a), "tokens/s": {k: round(v) for k, v in rates.items()},
+        "name": "generate",
+        "dtype": options.dtype,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in load.model.parameters()),
+        "prompts": len(prompts),
+        "slots": slots,
+        "mean prompt": round(sum(map(len, prompts)) / len(prompts), 1),
+        "mean response": round(tokens / len(a), 1),
+        "ended": sum(r[-1] == load.eos for r in a),
+        "tokens/s": {k: round(v) for k, v in rates.items()},
         "agreed": {"same texts": f"{same} of {len(few)}", "gaps": [round(gap, 5) for gap, _ in gaps]},
-        "matmul GFLOP/s": round(flops / 1e9), "bandwidth GB/s": round(bandwidth / 1e9, 1),
-    }  # fmt: skip
-    print(f"{ratio:.2f}x: {rates['ours']:.0f} against {rates['transformers']:.0f} tokens/s, {slots} slots; "
-          f"{same} of {len(few)} texts the same")  # fmt: skip
+        "matmul GFLOP/s": round(flops / 1e9),
+        "bandwidth GB/s": round(bandwidth / 1e9, 1),
+    }
+    print(
+        f"{ratio:.2f}x: {rates['ours']:.0f} against {rates['transformers']:.0f} tokens/s, {slots} slots; "
+        f"{same} of {len(few)} texts the same"
+    )
 
     result["by slots"] = {}
     for n in slot_counts:
@@ -270,8 +330,11 @@ def main() -> None:
         taken = min(t for _, t in runs) if runs else statistics.median(seconds["ours"])
         floor = floor_seconds(load, prompts, a, n, flops, bandwidth)
         share = max(floor.values()) / taken
-        result["by slots"][n] = {"tokens/s": round(tokens / taken), "share of floor": round(share, 2),
-                                 "floor seconds": {k: round(v, 2) for k, v in floor.items()}}  # fmt: skip
+        result["by slots"][n] = {
+            "tokens/s": round(tokens / taken),
+            "share of floor": round(share, 2),
+            "floor seconds": {k: round(v, 2) for k, v in floor.items()},
+        }
         print(f"{n} slots: {tokens / taken:.0f} tokens/s, {share:.0%} of the floor's rate {floor}")
 
     if options.model:
@@ -300,7 +363,9 @@ def main() -> None:
         load.model = theirs.model = None
         gc.collect()
         torch.cuda.empty_cache()
-    result["peak_memory_gb"] = {kind: round(peak_memory(kind, options), 2) for kind in ("ours", "transformers")}
+    result["peak_memory_gb"] = {
+        kind: round(peak_memory(kind, options), 2) for kind in ("ours", "transformers")
+    }
     print(json.dumps(result))
 
 

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness, offline, on folders as `hf download` leaves them: what the evaluator is compared with."""
+"""lm-evaluation-harness, offline, on folders as `hf download` leaves them: what the evaluator is compared
+with.
+"""
 
 import json
 from pathlib import Path
@@ -36,19 +38,32 @@ def write_tokenizer_json(model_dir: Path) -> None:
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
     for i, piece in enumerate(pieces):
-        halves = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids]
-        merges += [(-model.get_score(i), ids[a], ids[b], (a, b)) for a, b in halves if not model.is_control(i)]
+        halves = [
+            (piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids
+        ]
+        merges += [
+            (-model.get_score(i), ids[a], ids[b], (a, b)) for a, b in halves if not model.is_control(i)
+        ]
     merges = [pair for *_, pair in sorted(merges, key=lambda merge: merge[:3])]
     tokenizer = Tokenizer(BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", model.bos_id())])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", model.bos_id())]
+    )
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
     tokenizer.save(str(model_dir / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (model_dir / "tokenizer_config.json").write_text(json.dumps(settings | {"clean_up_tokenization_spaces": False}))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (model_dir / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"clean_up_tokenization_spaces": False})
+    )
 
 
 def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False) -> None:
@@ -58,8 +73,13 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         task = BENCHMARKS[name]
-        found = {split: task.source.files(data, split) for split in ("train", "validation", "test", "dev", "default")}
-        files = {split: [str(file.resolve()) for file in of_split] for split, of_split in found.items() if of_split}
+        found = {
+            split: task.source.files(data, split)
+            for split in ("train", "validation", "test", "dev", "default")
+        }
+        files = {
+            split: [str(file.resolve()) for file in of_split] for split, of_split in found.items() if of_split
+        }
         kind = {Path(file).suffix for of_split in files.values() for file in of_split}
         lines = {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / stock_file(name)),
@@ -69,60 +89,107 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
             "dataset_kwargs": {"data_files": files},
             "tag": None,
         }
-        absent = [key for key, split in (("training_split", "train"), ("validation_split", "validation")) if split not in files]
+        absent = [
+            key
+            for key, split in (("training_split", "train"), ("validation_split", "validation"))
+            if split not in files
+        ]
         lines |= dict.fromkeys(absent)
         if isinstance(task, GSM8K) and paper:
-            lines["generation_kwargs"] = {"until": task.stops("0.4.0"), "do_sample": False, "temperature": 0.0}
+            lines["generation_kwargs"] = {
+                "until": task.stops("0.4.0"),
+                "do_sample": False,
+                "temperature": 0.0,
+            }
             strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
             lines["filter_list"] = [{"name": "strict-match", "filter": [strict, {"function": "take_first"}]}]
             ignored = [",", "\\$", "(?s).*#### "]
             lines["metric_list"] = [
-                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
-                 "ignore_punctuation": False, "regexes_to_ignore": ignored}
-            ]  # fmt: skip
-        (folder / f"{name}.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items()))
+                {
+                    "metric": "exact_match",
+                    "aggregation": "mean",
+                    "higher_is_better": True,
+                    "ignore_case": True,
+                    "ignore_punctuation": False,
+                    "regexes_to_ignore": ignored,
+                }
+            ]
+        (folder / f"{name}.yaml").write_text(
+            "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items())
+        )
 
 
 def run_harness(
-    model_dir: Path, names: list[str], data: Path, folder: Path, paper: bool = False, limit: int | None = None,
-    dtype: str = "float32", batch_size: int | str = 8, model=None,
-) -> dict:  # fmt: skip
+    model_dir: Path,
+    names: list[str],
+    data: Path,
+    folder: Path,
+    paper: bool = False,
+    limit: int | None = None,
+    dtype: str = "float32",
+    batch_size: int | str = 8,
+    model=None,
+) -> dict:
     """simple_evaluate's result, {"results", "samples", …}, with the tasks' own names."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     write_tasks(names, data, folder, paper)
-    few_shot = lambda name: 0 if paper and name == "winogrande" else BENCHMARKS[name].few_shot  # noqa: E731
+
+    def few_shot(name):
+        return 0 if paper and name == "winogrande" else BENCHMARKS[name].few_shot
+
     if model is None:
         model = HFLM(
-            str(model_dir), dtype=dtype, batch_size=batch_size, device="cpu", add_bos_token=False if paper else None
+            str(model_dir),
+            dtype=dtype,
+            batch_size=batch_size,
+            device="cpu",
+            add_bos_token=False if paper else None,
         )
     manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
     for name in names:
         got = simple_evaluate(
-            model, tasks=[f"own_{name}"], num_fewshot=few_shot(name), limit=limit, log_samples=True, bootstrap_iters=100,
+            model,
+            tasks=[f"own_{name}"],
+            num_fewshot=few_shot(name),
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=100,
             task_manager=manager,
-        )  # fmt: skip
+        )
         results[name], samples[name] = got["results"][f"own_{name}"], got["samples"][f"own_{name}"]
     return {"results": results, "samples": samples}
 
 
-WORDS = """water light stone river garden window market teacher winter doctor engine forest bottle letter machine animal summer
-planet silver button morning kitchen number picture history music island student energy animal the a of to and in is
-was that it for with as at by from not are were this have had which one two three she he they we you""".split()
+WORDS = """water light stone river garden window market teacher winter doctor engine forest bottle letter
+machine animal summer planet silver button morning kitchen number picture history music island
+student energy animal the a of to and in is was that it for with as at by from not are were this
+have had which one two three she he they we you""".split()
 
 
 def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
     """Small data sets in the Hub's folders, of random words, with what real ones have that is awkward.
 
-    Double blanks, blanks at the ends, markup, labels that are numbers, other scripts, an empty ending, a document that
-    stands among the examples as well, numbers in every form that an answer takes.
+    Double blanks, blanks at the ends, markup, labels that are numbers, other scripts, an empty ending, a
+    document that stands among the examples as well, numbers in every form that an answer takes.
     """
     import random
 
     rng = random.Random(seed)
-    awkward = ["naïve café", "ﬁne  print", " 50% ", "3.5 km", "“quoted”", "中文", "e=mc²", "a_b", "[step]", "[title]"]
+    awkward = [
+        "naïve café",
+        "ﬁne  print",
+        " 50% ",
+        "3.5 km",
+        "“quoted”",
+        "中文",
+        "e=mc²",
+        "a_b",
+        "[step]",
+        "[title]",
+    ]
     awkward += ["\t", "😀"]
 
     def text(low: int, high: int) -> str:
@@ -132,12 +199,19 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
         return " ".join(words)
 
     def labelled(row: int) -> dict:
-        labels = ["1", "2", "3", "4"] if row % 5 == 4 else ["A", "B", "C", "D", "E"][: 5 if row % 7 == 6 else 4]
+        labels = (
+            ["1", "2", "3", "4"] if row % 5 == 4 else ["A", "B", "C", "D", "E"][: 5 if row % 7 == 6 else 4]
+        )
         return {"text": [text(1, 6) for _ in labels], "label": labels}
 
     def arc(row: int) -> dict:
         choices = labelled(row)
-        return {"id": f"q{row}", "question": text(5, 20) + "?", "choices": choices, "answerKey": rng.choice(choices["label"])}
+        return {
+            "id": f"q{row}",
+            "question": text(5, 20) + "?",
+            "choices": choices,
+            "answerKey": rng.choice(choices["label"]),
+        }
 
     def openbookqa(row: int) -> dict:
         made = arc(row)
@@ -149,36 +223,70 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
         if row % 4 == 3:
             marked = ["[substeps] " + text(2, 5), "[header]", text(2, 4) + " [title] " + text(2, 4)]
             endings[rng.randrange(4)] = rng.choice(marked)
-        return {"ind": row, "activity_label": text(1, 2), "ctx_a": text(5, 15) + ".", "ctx_b": rng.choice(["", text(1, 3)]),
-                "endings": endings, "label": str(rng.randrange(4))}  # fmt: skip
+        return {
+            "ind": row,
+            "activity_label": text(1, 2),
+            "ctx_a": text(5, 15) + ".",
+            "ctx_b": rng.choice(["", text(1, 3)]),
+            "endings": endings,
+            "label": str(rng.randrange(4)),
+        }
 
     def winogrande(row: int) -> dict:
         sentence = f"{text(4, 9)} _ {text(3, 8)}." if row % 5 else f"_ {text(4, 9)}."
-        return {"sentence": sentence, "option1": text(1, 2), "option2": text(1, 2), "answer": rng.choice("12")}
+        return {
+            "sentence": sentence,
+            "option1": text(1, 2),
+            "option2": text(1, 2),
+            "answer": rng.choice("12"),
+        }
 
     def truthfulqa(row: int) -> dict:
         many = rng.randint(2, 7)
         right = rng.randint(1, many - 1)
-        return {"question": text(5, 12) + "?",
-                "mc1_targets": {"choices": [text(2, 9) for _ in range(many)], "labels": [1] + [0] * (many - 1)},
-                "mc2_targets": {"choices": [text(2, 9) for _ in range(many)], "labels": [1] * right + [0] * (many - right)}}  # fmt: skip
+        return {
+            "question": text(5, 12) + "?",
+            "mc1_targets": {"choices": [text(2, 9) for _ in range(many)], "labels": [1] + [0] * (many - 1)},
+            "mc2_targets": {
+                "choices": [text(2, 9) for _ in range(many)],
+                "labels": [1] * right + [0] * (many - right),
+            },
+        }
 
     def mmlu(row: int) -> dict:
-        return {"question": rng.choice(["", " "]) + text(5, 40) + rng.choice(["", "\n"]), "subject": "any",
-                "choices": [text(1, 8) for _ in range(4)], "answer": rng.randrange(4)}  # fmt: skip
+        return {
+            "question": rng.choice(["", " "]) + text(5, 40) + rng.choice(["", "\n"]),
+            "subject": "any",
+            "choices": [text(1, 8) for _ in range(4)],
+            "answer": rng.randrange(4),
+        }
 
     def gsm8k(row: int) -> dict:
         number = rng.choice(["18", "1,234", "-5", "3.50", "$70", "0"])
-        return {"question": text(10, 30) + "?", "answer": f"{text(5, 15)} <<1+1=2>>2\n{text(3, 9)}\n#### {number}"}
+        return {
+            "question": text(10, 30) + "?",
+            "answer": f"{text(5, 15)} <<1+1=2>>2\n{text(3, 9)}\n#### {number}",
+        }
 
     def bigbench(row: int) -> dict:
         choices = [text(1, 3), text(1, 3)] if row % 6 != 5 else []
         inputs = "Q: " + text(8, 25) + "\nA: " * (row % 2)
-        return {"idx": row, "inputs": inputs, "targets": [rng.choice(choices) if choices else "none"],
-                "multiple_choice_targets": choices, "multiple_choice_scores": [0] * len(choices)}  # fmt: skip
+        return {
+            "idx": row,
+            "inputs": inputs,
+            "targets": [rng.choice(choices) if choices else "none"],
+            "multiple_choice_targets": choices,
+            "multiple_choice_scores": [0] * len(choices),
+        }
 
-    makers = {"arc_challenge": arc, "openbookqa": openbookqa, "hellaswag": hellaswag, "winogrande": winogrande,
-              "truthfulqa_mc1": truthfulqa, "gsm8k": gsm8k}  # fmt: skip
+    makers = {
+        "arc_challenge": arc,
+        "openbookqa": openbookqa,
+        "hellaswag": hellaswag,
+        "winogrande": winogrande,
+        "truthfulqa_mc1": truthfulqa,
+        "gsm8k": gsm8k,
+    }
     makers |= dict.fromkeys(("mmlu_anatomy", "mmlu_sociology", "mmlu_virology"), mmlu)
     makers |= dict.fromkeys([name for name in BENCHMARKS if name.startswith("bigbench")], bigbench)
     for name, make in makers.items():

@@ -2,13 +2,14 @@
 
     python -m benchmarks.load [--gigabytes 1.3] [--repeats 5]
 
-Writes a checkpoint of bf16 weights (random, Hugging Face shards of at most 500 MB) to a temporary folder, and starts
-two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the policy; twice the bytes
-are written that are read), and the whole into a bf16 replica (`model.weights.load_model`: the opponent); and in turn with
-each, as many bytes of the files into fresh memory with nothing but readinto. All with the system's page cache emptied of
-the files first ("cold") and with it filled ("warm"). What was loaded is compared with the written tensors first. Memory
-is what a rank's process grows to over its size before, resident file pages included; the floor is its shard. The loaded
-model is exported once, too: how much the writing process grows, and whether the tensors come back as they were.
+Writes a checkpoint of bf16 weights (random, Hugging Face shards of at most 500 MB) to a temporary folder, and
+starts two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the
+policy; twice the bytes are written that are read), and the whole into a bf16 replica
+(`model.weights.load_model`: the opponent); and in turn with each, as many bytes of the files into fresh
+memory with nothing but readinto. All with the system's page cache emptied of the files first ("cold") and
+with it filled ("warm"). What was loaded is compared with the written tensors first. Memory is what a rank's
+process grows to over its size before, resident file pages included; the floor is its shard. The loaded model
+is exported once, too: how much the writing process grows, and whether the tensors come back as they were.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.model import memory_status
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import Checkpoint, load_model, write_checkpoint
-from spin.distributed import shard_rows, ranks, sharded_model, whole
+from spin.distributed import ranks, shard_rows, sharded_model, whole
 
 
 def write(path: Path, gigabytes: float) -> None:
@@ -38,7 +39,10 @@ def write(path: Path, gigabytes: float) -> None:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Mistral(config).named_parameters()}
     generator = torch.Generator().manual_seed(0)
-    draw = lambda name: torch.randn(shapes[name], generator=generator)  # noqa: E731
+
+    def draw(name):
+        return torch.randn(shapes[name], generator=generator)
+
     write_checkpoint(path, config, shapes, draw, torch.bfloat16, max_shard_bytes=500 * 10**6)
 
 
@@ -82,7 +86,10 @@ def work(path: Path, repeats: int) -> None:
         before = memory_status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        get = lambda name: whole(model.get_parameter(name).detach().bfloat16())  # noqa: E731
+
+        def get(name, model=model):
+            return whole(model.get_parameter(name).detach().bfloat16())
+
         write_checkpoint(path.with_name("copy"), model.config, shapes, get, torch.bfloat16, write=group.first)
         export_peak = memory_status("VmHWM") - before
         group.barrier()
@@ -114,25 +121,43 @@ def work(path: Path, repeats: int) -> None:
             size = sum(file.stat().st_size for file in files) / 1e9
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             ratios = {
-                f"{ours}, {cache}": round(medians[f"plain read of {part}, {cache}"] / medians[f"{ours}, {cache}"], 2)
-                for ours, part in (("shards", "half"), ("replica", "all")) for cache in ("cold", "warm")
-            }  # fmt: skip
+                f"{ours}, {cache}": round(
+                    medians[f"plain read of {part}, {cache}"] / medians[f"{ours}, {cache}"], 2
+                )
+                for ours, part in (("shards", "half"), ("replica", "all"))
+                for cache in ("cold", "warm")
+            }
             for name, value in medians.items():
                 print(f"{name}: {value:.2f} s")
-            print(f"peak memory of rank 0: {peak:.2f} GB; its shard {shard:.2f}, the largest tensor {largest:.2f}")
+            print(
+                f"peak memory of rank 0: {peak:.2f} GB; its shard {shard:.2f}, the largest tensor "
+                f"{largest:.2f}"
+            )
             print(f"growth while exporting: {export_peak:.2f} GB")
-            print(json.dumps({
-                "name": "load", "ratio": ratios["shards, cold"], "ratios": ratios,
-                "checkpoint_gb": round(size, 2), "ranks": dist.get_world_size(),
-                "seconds": {name: round(value, 3) for name, value in medians.items()},
-                "peak_memory_gb": {"ours": round(peak, 3), "shard plus largest tensor": round(shard + largest, 3),
-                                   "growth while exporting": round(export_peak, 3)},
-                "agreed": "every row of every tensor",
-            }))  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "name": "load",
+                        "ratio": ratios["shards, cold"],
+                        "ratios": ratios,
+                        "checkpoint_gb": round(size, 2),
+                        "ranks": dist.get_world_size(),
+                        "seconds": {name: round(value, 3) for name, value in medians.items()},
+                        "peak_memory_gb": {
+                            "ours": round(peak, 3),
+                            "shard plus largest tensor": round(shard + largest, 3),
+                            "growth while exporting": round(export_peak, 3),
+                        },
+                        "agreed": "every row of every tensor",
+                    }
+                )
+            )
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--gigabytes", type=float, default=1.3)
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--path", type=Path, help=argparse.SUPPRESS)  # given to the ranks

@@ -1,12 +1,13 @@
-"""The packed transformer beside transformers' padded batches: forward, and a training step's forward and backward.
+"""The packed transformer beside transformers' padded batches: forward, and a training step's forward and
+backward.
 
     python -m benchmarks.model [--dtype float32] [--data FILE] [--texts 32] [--repeats 3]
 
-About 60M parameters, Mistral's shape and vocabulary size, random weights, the same on both sides. The texts have GSM8K's
-lengths (question and answer), once as they are and once all of one length. The reference is MistralForCausalLM with
-SDPA on batches of 16 in file order, padded to the longest, labels masked where padded. Both sides give the mean
-log-probability of the same tokens; it is compared first, and every gradient with it. Peak memory is of a process of its
-own for each side.
+About 60M parameters, Mistral's shape and vocabulary size, random weights, the same on both sides. The texts
+have GSM8K's lengths (question and answer), once as they are and once all of one length. The reference is
+MistralForCausalLM with SDPA on batches of 16 in file order, padded to the longest, labels masked where
+padded. Both sides give the mean log-probability of the same tokens; it is compared first, and every gradient
+with it. Peak memory is of a process of its own for each side.
 """
 
 import argparse
@@ -24,17 +25,24 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 
 CONFIG = ModelConfig(
-    vocab_size=32000, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=2, head_dim=64, rms_norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=512,
+    intermediate_size=1792,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+)
 BATCH = 16
 
 
 def lengths_like_gsm8k(path: str | None, count: int, seed: int = 0) -> list[int]:
-    """Tokens of question and answer: of the file's first `count` lines if given, else drawn from what they were there.
+    """Tokens of question and answer: of the file's first `count` lines if given, else drawn from what they
+    were there.
 
-    The drawn ones are log-normal with the mean (192) and the standard deviation (71) that GSM8K's training set has
-    under Mistral's tokenizer, and within its extremes.
+    The drawn ones are log-normal with the mean (192) and the standard deviation (71) that GSM8K's training
+    set has under Mistral's tokenizer, and within its extremes.
     """
     if path:
         import mistral_common
@@ -81,7 +89,9 @@ class Transformers:
         longest = max(map(len, batch))
         ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in batch])
         mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in batch])
-        return self.model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False).loss
+        return self.model(
+            ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False
+        ).loss
 
 
 def run(side, batches, backward: bool) -> float:
@@ -117,7 +127,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
     device = torch.device(device)
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    seconds, times = [], 20 if device.type == "cuda" else 1  # of a GPU a second in all: the rate that it sustains
+    # of a GPU a second in all: the rate that it sustains
+    seconds, times = [], 20 if device.type == "cuda" else 1
     for _ in range(40 if device.type == "cuda" else 7):
         began = time.perf_counter()
         for _ in range(times):
@@ -129,14 +140,16 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
 
 
 def floor(backward: bool) -> int:
-    """FLOPs that a token needs: two for each weight of a matrix, four more backward (attention itself adds 1%)."""
+    """FLOPs that a token needs: two for each weight of a matrix, four more backward (attention itself adds
+    1%).
+    """
     embedding = CONFIG.vocab_size * CONFIG.hidden_size
     weights = sum(p.numel() for p in Mistral(CONFIG).parameters() if p.dim() > 1) - embedding
     return (6 if backward else 2) * weights
 
 
 def peak_memory(kind: str, dtype: torch.dtype, batches) -> float:
-    """GB that a process's memory grows to while it trains on the batches: weights, gradients and activations."""
+    """GB of memory that a process takes to train on the batches: weights, gradients, activations."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure_memory, (kind, dtype, batches))
 
@@ -156,7 +169,9 @@ def memory_status(field: str) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments.add_argument("--data", help="GSM8K's train.jsonl; without it, lengths are drawn to be like its")
     arguments.add_argument("--texts", type=int, default=32)
@@ -195,10 +210,16 @@ def main() -> None:
             a, b = (statistics.median(values) for values in seconds.values())
             what = f"{load} {'forward+backward' if backward else 'forward'}"
             share = tokens / a * floor(backward) / rate
-            result[what] = {"ratio": round(b / a, 2), "ours tokens/s": round(tokens / a),
-                            "transformers tokens/s": round(tokens / b), "share of matmul rate": round(share, 2)}  # fmt: skip
-            print(f"{what}: {b / a:.2f}x ({tokens / a:.0f} against {tokens / b:.0f} tokens/s; {share:.0%} of the matmul "
-                  f"rate; {tokens / padded:.0%} of the padded tokens are useful)")  # fmt: skip
+            result[what] = {
+                "ratio": round(b / a, 2),
+                "ours tokens/s": round(tokens / a),
+                "transformers tokens/s": round(tokens / b),
+                "share of matmul rate": round(share, 2),
+            }
+            print(
+                f"{what}: {b / a:.2f}x ({tokens / a:.0f} against {tokens / b:.0f} tokens/s; {share:.0%} of "
+                f"the matmul rate; {tokens / padded:.0%} of the padded tokens are useful)"
+            )
     memory = {kind: round(peak_memory(kind, dtype, loads["ragged"]), 2) for kind in ("ours", "transformers")}
     print(f"peak memory of training steps: {memory} GB")
     result["ratio"] = result["ragged forward+backward"]["ratio"]

@@ -2,11 +2,12 @@
 
     python -m benchmarks.roofline            # Mistral-7B on an H200: training, scoring, decoding
 
-The code runs as it is, on tensors without values (as in spin.plan). Each operator that it ends in is charged the longest of:
-its FLOPs at a large matrix product's rate, the bytes that it reads and writes at a large copy's, a kernel's least time. So
-losses are seen that a count of FLOPs does not show: what is no matrix product, what is computed or copied twice. Not seen:
-kernels that miss their rates, copies inside of them (softmax copies bf16 logits to fp32), waiting for the host, what
-torch.compile fuses, and the L2 cache (which makes small ones faster).
+The code runs as it is, on tensors without values (as in spin.plan). Each operator that it ends in is charged
+the longest of: its FLOPs at a large matrix product's rate, the bytes that it reads and writes at a large
+copy's, a kernel's least time. So losses are seen that a count of FLOPs does not show: what is no matrix
+product, what is computed or copied twice. Not seen: kernels that miss their rates, copies inside of them
+(softmax copies bf16 logits to fp32), waiting for the host, what torch.compile fuses, and the L2 cache (which
+makes small ones faster).
 """
 
 import argparse
@@ -35,10 +36,13 @@ from spin.plan import Plan, norms_of_a_gpu
 from spin.trainer import alike, backward, clip_gradient, spin_step
 
 KERNEL = 2e-6  # seconds: no kernel takes less
-# What FlashAttention-2 reaches of a large product's rate on a Hopper GPU, forward and backward, with texts of some hundred
-# tokens: about 300 and 200 TFLOP/s (arXiv 2407.08608, figures 5 and 6, extrapolated to short ones).
-FLASH = {"_flash_attention_forward": (1.0, 0.38), "_flash_attention_backward": (2.5, 0.25)}  # FLOPs per forward's; share
-CHOOSE = {"embedding", "index_select", "gather", "index", "index_put_", "scatter_add_"}  # touch what they choose alone
+# What FlashAttention-2 reaches of a large product's rate on a Hopper GPU, forward and backward, with texts of
+# some hundred tokens: about 300 and 200 TFLOP/s (arXiv 2407.08608, figures 5 and 6, extrapolated to short
+# ones).
+# FLOPs per forward's; share
+FLASH = {"_flash_attention_forward": (1.0, 0.38), "_flash_attention_backward": (2.5, 0.25)}
+# touch what they choose alone
+CHOOSE = {"embedding", "index_select", "gather", "index", "index_put_", "scatter_add_"}
 FILL = {"zeros", "zeros_like", "new_zeros", "zero_", "fill_", "full", "full_like", "ones_like", "arange"}
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 
@@ -54,7 +58,8 @@ class Rates:
 class Roofline(TorchDispatchMode):
     """Seconds of the operators inside, by name.
 
-    seen: keys that the queries of a packed stream see, all together; held: tokens that a slot holds, in decoding.
+    seen: keys that the queries of a packed stream see, all together; held: tokens that a slot holds, in
+    decoding.
     """
 
     def __init__(self, rates: Rates, seen: int = 0, held: int = 0):
@@ -77,7 +82,9 @@ class Roofline(TorchDispatchMode):
             return NotImplemented  # it comes back as operators on what this rank holds
         result = func(*args, **(kwargs or {}))
         given = {name: value for name, value in (kwargs or {}).items() if name != "out"}
-        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, FakeTensor)] for tree in ((args, given), result))
+        inputs, outputs = (
+            [x for x in tree_leaves(tree) if isinstance(x, FakeTensor)] for tree in ((args, given), result)
+        )
         name = func._schema.name.split("::")[1]
         if not outputs and func._schema.is_mutable:  # torch._foreach_mul_, FSDP's: they return nothing
             written = (kwargs or {}).get("out", args[0] if args else None)
@@ -105,12 +112,16 @@ class Roofline(TorchDispatchMode):
         elif name == "copy_":
             moved = inputs[1:] + outputs
         operations = 2 * inputs[-2].numel() * inputs[-1].shape[-1] if name == "mm" else 0
-        return max(operations / self.rates.matmul, sum(x.numel() * x.element_size() for x in moved) / self.rates.copy)
+        return max(
+            operations / self.rates.matmul, sum(x.numel() * x.element_size() for x in moved) / self.rates.copy
+        )
 
 
 def training(shape: Shape, rates: Rates, items: list[Item], budget: int, settings: dict) -> Roofline:
     """A step over all items, the optimizer's part of it included."""
-    changes = {f"train.{name}": value for name, value in settings.items()} | {"train.logit_chunk": shape.chunk}
+    changes = {f"train.{name}": value for name, value in settings.items()} | {
+        "train.logit_chunk": shape.chunk
+    }
     config, total = build(changes), Roofline(rates)
     with pretended_ranks(1) as ranks:
         plan = Plan(config, shape.config, ranks)
@@ -123,7 +134,8 @@ def training(shape: Shape, rates: Rates, items: list[Item], budget: int, setting
                     loss, _ = spin_step(config.train, logps, opponent, alike(chosen), len(items))
                     backward(config.train, plan.model, loss, ranks, last=k == len(batches))
                 total.add(now)
-            clip_gradient(plan.model, config.train.max_grad_norm)  # DTensor learns the shapes, and would be charged for it
+            # DTensor learns the shapes, and would be charged for it
+            clip_gradient(plan.model, config.train.max_grad_norm)
             with Roofline(rates) as now:
                 clip_gradient(plan.model, config.train.max_grad_norm)
                 plan.optimizer.step()
@@ -158,7 +170,9 @@ def decoding(shape: Shape, rates: Rates, slots: int, held: int) -> Roofline:
 
 def micro_batches_of(shape: Shape, items: list[Item], budget: int) -> list[list[Item]]:
     """As the trainer makes them on one rank."""
-    (batches,) = micro_batches([i.packed_length for i in items], [flops(shape.config, i) for i in items], 1, budget)
+    (batches,) = micro_batches(
+        [i.packed_length for i in items], [flops(shape.config, i) for i in items], 1, budget
+    )
     return [[items[i] for i in batch] for batch in batches]
 
 
@@ -169,9 +183,13 @@ def seen(segments: Segments) -> int:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--shape", choices=SHAPES, default="7b")
-    arguments.add_argument("--matmul", type=float, default=ASSUMED["matmul"], help="FLOP/s of a large bf16 product")
+    arguments.add_argument(
+        "--matmul", type=float, default=ASSUMED["matmul"], help="FLOP/s of a large bf16 product"
+    )
     arguments.add_argument("--copy", type=float, default=ASSUMED["copy"], help="B/s of a large copy")
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = arguments.parse_args()
@@ -185,10 +203,22 @@ def main() -> None:
 
     def keep(name: str, of: Roofline, floor: float) -> None:
         most = {operator: round(1e3 * seconds, 3) for operator, seconds in of.seconds.most_common(12)}
-        results[name] = {"ms": round(1e3 * of.total, 3), "floor_ms": round(1e3 * floor, 3), "share": round(floor / of.total, 4),
-                         "kernels": of.kernels, "ms_by_operator": most}  # fmt: skip
-        print(f"{name}: {of.total * 1e3:.1f} ms, floor {floor * 1e3:.1f} ms: {floor / of.total:.0%}; {of.kernels} kernels")
-        print("   ", ", ".join(f"{operator} {ms / of.total / 1e3:.1%}" for operator, ms in most.items()), flush=True)
+        results[name] = {
+            "ms": round(1e3 * of.total, 3),
+            "floor_ms": round(1e3 * floor, 3),
+            "share": round(floor / of.total, 4),
+            "kernels": of.kernels,
+            "ms_by_operator": most,
+        }
+        print(
+            f"{name}: {of.total * 1e3:.1f} ms, floor {floor * 1e3:.1f} ms: {floor / of.total:.0%}; "
+            f"{of.kernels} kernels"
+        )
+        print(
+            "   ",
+            ", ".join(f"{operator} {ms / of.total / 1e3:.1%}" for operator, ms in most.items()),
+            flush=True,
+        )
 
     for name, (settings, budget) in trainings(shape).items():
         if "compile" not in settings:

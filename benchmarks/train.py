@@ -1,17 +1,19 @@
-"""The training engine beside the official pipeline re-made with transformers: the same pairs, weights and steps.
+"""The training engine beside the official pipeline re-made with transformers: the same pairs, weights and
+steps.
 
-    python -m benchmarks.train [--data ../shared/data/gsm8k/pairs.jsonl] [--dtype float32] [--pairs 32] [--repeats 3]
+    python -m benchmarks.train [--data pairs.jsonl] [--dtype float32] [--pairs 32] [--repeats 3]
 
-Three loads: GSM8K's pairs on a model of 60M parameters with Mistral's vocabulary; pairs of UltraChat-like lengths
-(prompt 10 to 512 tokens, real 50 to 512, generated 1 to 256, uniform, a fixed seed) on the same; and GSM8K's lengths on a
-model of 60M parameters whose vocabulary is small against the rest, so that the gain is not the logits' alone. Without
---data, GSM8K's lengths are drawn to be like its.
+Three loads: GSM8K's pairs on a model of 60M parameters with Mistral's vocabulary; pairs of UltraChat-like
+lengths (prompt 10 to 512 tokens, real 50 to 512, generated 1 to 256, uniform, a fixed seed) on the same; and
+GSM8K's lengths on a model of 60M parameters whose vocabulary is small against the rest, so that the gain is
+not the logits' alone. Without --data, GSM8K's lengths are drawn to be like its.
 
-The reference does what the official code does: batches of 8 pairs in the data's order, prompt + real and prompt +
-generated concatenated into 16 rows and padded to the longest; policy forward and backward, reference model forward,
-every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master weights beside the bf16 ones, as
-DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage, which is counted once for two epochs, as in
-the paper's recipe. Losses of the steps are compared first. Each side has a process of its own.
+The reference does what the official code does: batches of 8 pairs in the data's order, prompt + real and
+prompt + generated concatenated into 16 rows and padded to the longest; policy forward and backward, reference
+model forward, every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master
+weights beside the bf16 ones, as DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage,
+which is counted once for two epochs, as in the paper's recipe. Losses of the steps are compared first. Each
+side has a process of its own.
 """
 
 import argparse
@@ -38,20 +40,35 @@ from spin.packing import Item, flops
 from spin.trainer import Schedule, train
 
 SMALL_VOCABULARY = ModelConfig(
-    vocab_size=2048, hidden_size=640, intermediate_size=2240, num_hidden_layers=11, num_attention_heads=10,
-    num_key_value_heads=2, head_dim=64, rms_norm_eps=1e-5,
-)  # fmt: skip
+    vocab_size=2048,
+    hidden_size=640,
+    intermediate_size=2240,
+    num_hidden_layers=11,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+)
 SEVEN_B = ModelConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, sliding_window=4096,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    sliding_window=4096,
+)
 MICRO_BATCH = 8  # pairs, as in the official recipe
 EPOCHS = 2  # over which the score stage is spread
 
 
 def part(dtype: str, pairs: int, steps: int, **changes) -> Train:
     """The settings of both sides: `steps` steps of `pairs` pairs, each step with the same ones."""
-    values = dict(batch_size=pairs, epochs=steps, lr=1e-4, warmup=0.0, dtype=dtype, logit_chunk=512, token_budget=4096)
+    values = dict(
+        batch_size=pairs, epochs=steps, lr=1e-4, warmup=0.0, dtype=dtype, logit_chunk=512, token_budget=4096
+    )
     return Train(**values | dict(checkpoint_every=10**6) | changes)
 
 
@@ -73,8 +90,11 @@ class Ours:
             log = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
         tokens = sum(item.packed_length for item in items)
         self.group.release_memory()
-        return {"loss": [row["loss"] for row in log], "score": scored,
-                "step": [tokens / row["tokens_per_second"] for row in log]}  # fmt: skip
+        return {
+            "loss": [row["loss"] for row in log],
+            "score": scored,
+            "step": [tokens / row["tokens_per_second"] for row in log],
+        }
 
 
 class Official:
@@ -84,7 +104,9 @@ class Official:
         from transformers import AutoModelForCausalLM
 
         self.dtype, self.weights = getattr(torch, dtype), weights
-        self.load = lambda: AutoModelForCausalLM.from_pretrained(weights, dtype=self.dtype, attn_implementation="sdpa")
+        self.load = lambda: AutoModelForCausalLM.from_pretrained(
+            weights, dtype=self.dtype, attn_implementation="sdpa"
+        )
         self.opponent = self.load().eval()
 
     def run(self, items: list[Item], steps: int) -> dict:
@@ -130,10 +152,15 @@ class Official:
     def logps(self, model, batch: list[Item]) -> torch.Tensor:
         rows = [(item.prompt, item.responses[kind]) for kind in (0, 1) for item in batch]
         longest = max(len(prompt) + len(response) for prompt, response in rows)
-        padded = lambda values, fill: values + [fill] * (longest - len(values))  # noqa: E731
+
+        def padded(values, fill):
+            return values + [fill] * (longest - len(values))
+
         ids = torch.tensor([padded(prompt + response, 0) for prompt, response in rows])
         mask = torch.tensor([padded([1] * len(prompt + response), 0) for prompt, response in rows])
-        labels = torch.tensor([padded([-100] * len(prompt) + response, -100) for prompt, response in rows])[:, 1:]
+        labels = torch.tensor([padded([-100] * len(prompt) + response, -100) for prompt, response in rows])[
+            :, 1:
+        ]
         logits = model(ids, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
         known = labels != -100
         chosen = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[:, :, None]).squeeze(2)
@@ -143,8 +170,13 @@ class Official:
 def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Item]]]:
     """{name: (architecture, pairs)}"""
     rng = random.Random(0)
-    ids = lambda length, vocabulary: [rng.randrange(3, vocabulary) for _ in range(length)]  # noqa: E731
-    drawn = lambda vocabulary, p, r, g: Item(ids(p, vocabulary), (ids(r, vocabulary), ids(g, vocabulary)))  # noqa: E731
+
+    def ids(length, vocabulary):
+        return [rng.randrange(3, vocabulary) for _ in range(length)]
+
+    def drawn(vocabulary, p, r, g):
+        return Item(ids(p, vocabulary), (ids(r, vocabulary), ids(g, vocabulary)))
+
     if path:
         import mistral_common
 
@@ -154,17 +186,30 @@ def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Ite
 
         tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
         data = Data(max_length=1024)
-        gsm8k = tokenize(load_examples(path, data, Counter(), need_generated=True), tokenizer, "zephyr", data, Counter())
+        gsm8k = tokenize(
+            load_examples(path, data, Counter(), need_generated=True), tokenizer, "zephyr", data, Counter()
+        )
         gsm8k = rng.sample(gsm8k, count)
-    else:  # log-normal, with the means and deviations that the pairs have under Mistral's tokenizer and the chat template
-        length = lambda mean, sigma: max(10, round(rng.lognormvariate(mean, sigma)))  # noqa: E731
+    # log-normal, with the means and deviations that the pairs have under Mistral's tokenizer and the chat
+    # template
+    else:
+
+        def length(mean, sigma):
+            return max(10, round(rng.lognormvariate(mean, sigma)))
+
         gsm8k = [drawn(32000, length(4.4, 0.4), length(4.8, 0.45), length(4.6, 0.5)) for _ in range(count)]
-    long = [drawn(32000, rng.randint(10, 512), rng.randint(50, 512), rng.randint(1, 256)) for _ in range(count)]
+    long = [
+        drawn(32000, rng.randint(10, 512), rng.randint(50, 512), rng.randint(1, 256)) for _ in range(count)
+    ]
     small = [
         Item(*(ids(len(gsm8k[i].prompt), 2048), tuple(ids(len(r), 2048) for r in gsm8k[i].responses)))
         for i in range(count)
     ]
-    return {"GSM8K": (CONFIG, gsm8k), "UltraChat-like": (CONFIG, long), "small vocabulary": (SMALL_VOCABULARY, small)}
+    return {
+        "GSM8K": (CONFIG, gsm8k),
+        "UltraChat-like": (CONFIG, long),
+        "small vocabulary": (SMALL_VOCABULARY, small),
+    }
 
 
 class Process:
@@ -202,14 +247,25 @@ def _memory() -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", help="pairs.jsonl of GSM8K; without it, lengths are drawn to be like its")
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "--data", help="pairs.jsonl of GSM8K; without it, lengths are drawn to be like its"
+    )
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments.add_argument("--pairs", type=int, default=32, help="of a step")
     arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--load", action="append", help="GSM8K, UltraChat-like or 'small vocabulary'; default: all")
+    arguments.add_argument(
+        "--load", action="append", help="GSM8K, UltraChat-like or 'small vocabulary'; default: all"
+    )
     options = arguments.parse_args()
-    result = {"name": "train", "dtype": options.dtype, "threads": torch.get_num_threads(), "pairs": options.pairs}
+    result = {
+        "name": "train",
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "pairs": options.pairs,
+    }
     rate = matmul_rate(getattr(torch, options.dtype))
     result["matmul GFLOP/s"] = round(rate / 1e9)
     for name, (config, items) in loads(options.data, options.pairs).items():
@@ -218,14 +274,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             result[name] = measure(config, items, options.dtype, options.repeats, rate, Path(directory))
         figures = result[name]
-        print(f"{name}: {figures['ratio']} times ({figures['ours pairs/s']} against {figures['official pairs/s']} pairs/s; "
-              f"{figures['share of matmul rate']:.0%} of the matmul rate), peak memory {figures['peak_memory_gb']} GB, "
-              f"losses {figures['agreed']}", flush=True)  # fmt: skip
+        print(
+            f"{name}: {figures['ratio']} times ({figures['ours pairs/s']} against "
+            f"{figures['official pairs/s']} pairs/s; {figures['share of matmul rate']:.0%} of the matmul "
+            f"rate), peak memory {figures['peak_memory_gb']} GB, "
+            f"losses {figures['agreed']}",
+            flush=True,
+        )
     result["ratio"] = min(figures["ratio"] for figures in result.values() if isinstance(figures, dict))
     print(json.dumps(result))
 
 
-def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, rate: float, directory: Path) -> dict:
+def measure(
+    config: ModelConfig, items: list[Item], dtype: str, repeats: int, rate: float, directory: Path
+) -> dict:
     """Compare the losses of three steps, then time both sides in turn."""
     weights = directory / "weights"
     save_model(Mistral(config).init_weights(0), weights, torch.float32)
@@ -238,7 +300,8 @@ def measure(config: ModelConfig, items: list[Item], dtype: str, repeats: int, ra
     seconds: dict[str, list[float]] = {"ours": [], "official": []}
     for _ in range(repeats):
         for name, side in sides.items():
-            taken = side.run(items, 3)  # two steps warm up: until then memory is being taken for the first time
+            # two steps warm up: until then memory is being taken for the first time
+            taken = side.run(items, 3)
             seconds[name].append(taken["step"][2] + taken["score"] / EPOCHS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     memory = {name: round(side.end(), 2) for name, side in sides.items()}

@@ -1,4 +1,5 @@
-"""The default recipe and its control over several seeds: world, base model, SFT model and self-play, all made anew.
+"""The default recipe and its control over several seeds: world, base model, SFT model and self-play, all made
+anew.
 
 Fills the table in docs/miniature.md.
 

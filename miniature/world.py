@@ -1,9 +1,10 @@
 """The miniature's world: its texts, from a seed, and the tokenizer that reads them.
 
-Words of 3 or 4 letters, consonants and vowels by turns. Four skills, two phrasings each. A base model reads prompts in
-two registers: a textbook's (marked #), which always answers rightly, and people's talk, where a prompt is evaded with a
-probability fixed by skill, phrasing and first letter. So it knows more than it says. The SFT data are answered prompts
-in people's register, 20% of them with an annotator's mistake: another skill's answer.
+Words of 3 or 4 letters, consonants and vowels by turns. Four skills, two phrasings each. A base model reads
+prompts in two registers: a textbook's (marked #), which always answers rightly, and people's talk, where a
+prompt is evaded with a probability fixed by skill, phrasing and first letter. So it knows more than it says.
+The SFT data are answered prompts in people's register, 20% of them with an annotator's mistake: another
+skill's answer.
 
     python -m miniature.world --seed 0 --out miniature/seed0
 """
@@ -45,7 +46,11 @@ def answer(skill: str, word: str) -> str:
 def words() -> list[str]:
     """All words, in a fixed order."""
     c, v = CONSONANTS, VOWELS
-    return ["".join(letters) for shape in ((c, v, c), (v, c, v), (c, v, c, v), (v, c, v, c)) for letters in product(*shape)]
+    return [
+        "".join(letters)
+        for shape in ((c, v, c), (v, c, v), (c, v, c, v), (v, c, v, c))
+        for letters in product(*shape)
+    ]
 
 
 def make(seed: int) -> dict[str, list[dict]]:

@@ -1,9 +1,11 @@
 """The attention seam: one function over a packed stream, one over the cache, and the kernels behind them.
 
-T packed tokens, S segments, H query heads, K key/value heads (H a multiple of K), D head size, N slots, L slot length.
+T packed tokens, S segments, H query heads, K key/value heads (H a multiple of K), D head size, N slots, L
+slot length.
 
-Three backends give the same numbers within rounding: the flash-attn package; FlashAttention-2 as torch ships it; and
-scaled_dot_product_attention over segments padded into groups, the plain twin that runs anywhere and in any dtype.
+Three backends give the same numbers within rounding: the flash-attn package; FlashAttention-2 as torch ships
+it; and scaled_dot_product_attention over segments padded into groups, the plain twin that runs anywhere and
+in any dtype.
 """
 
 import importlib.util
@@ -62,11 +64,17 @@ def _unavailable(backend: str, device_type: str, dtype: torch.dtype, head_dim: i
             log.warning("attention: no flash-attn: %s", reason)  # who installed it expects it to be used
             return reason
         return ""
-    return "" if torch.backends.cuda.is_flash_attention_available() else "this build of torch has no FlashAttention"
+    return (
+        ""
+        if torch.backends.cuda.is_flash_attention_available()
+        else "this build of torch has no FlashAttention"
+    )
 
 
 def attention_ops() -> list:
-    """The operators that `attend` ends in, whichever backend: what selective checkpointing does not compute twice."""
+    """The operators that `attend` ends in, whichever backend: what selective checkpointing does not compute
+    twice.
+    """
     aten = torch.ops.aten
     ops = [
         aten._flash_attention_forward.default,
@@ -75,7 +83,8 @@ def attention_ops() -> list:
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     ]
-    package = getattr(torch.ops.flash_attn, "_flash_attn_varlen_forward", None)  # there once flash-attn is imported
+    # there once flash-attn is imported
+    package = getattr(torch.ops.flash_attn, "_flash_attn_varlen_forward", None)
     return [*ops, package.default] if package is not None else ops
 
 
@@ -84,8 +93,9 @@ class Segments:
     """Which rows of a packed stream attend to which.
 
     Query segment i is rows `q_offsets[i]:q_offsets[i+1]` of the stream. Its keys are the stream's rows
-    `key_index[k_offsets[i]:k_offsets[i+1]]`, of which the segment's own rows are the last: attention is causal,
-    aligned at the bottom right. Example, a prompt of 3 tokens shared by continuations of 2 and 1 tokens:
+    `key_index[k_offsets[i]:k_offsets[i+1]]`, of which the segment's own rows are the last: attention is
+    causal, aligned at the bottom right. Example, a prompt of 3 tokens shared by continuations of 2 and 1
+    tokens:
 
         stream      x0 x1 x2 y0 y1 z0          q_offsets  0 5 6
         key_index    0  1  2  3  4 | 0 1 2 5   k_offsets  0 5 9
@@ -97,7 +107,8 @@ class Segments:
     k_offsets: list[int]  # S + 1
     key_index: Tensor | None  # (k_offsets[-1],) int64; None where keys are the stream itself
     device: torch.device | str = "cpu"
-    _made: dict = field(default_factory=dict, repr=False)  # what a backend needs, made once and not in every layer
+    # what a backend needs, made once and not in every layer
+    _made: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def causal(cls, lengths: list[int], device="cpu") -> "Segments":
@@ -106,7 +117,9 @@ class Segments:
         return cls(offsets, offsets, None, device)
 
     def to(self, device) -> "Segments":
-        """The same on another device; on a GPU with its offsets, so that the model's first layer need not copy them."""
+        """The same on another device; on a GPU with its offsets, so that the model's first layer need not
+        copy them.
+        """
         index = self.key_index if self.key_index is None else moved(self.key_index, device)
         result = Segments(self.q_offsets, self.k_offsets, index, device)
         if torch.device(device).type == "cuda":
@@ -120,9 +133,14 @@ class Segments:
         return self._made[window]
 
     def offsets(self) -> tuple[Tensor, Tensor, int, int]:
-        """Query and key offsets (S + 1,) int32, and the longest segment of each, for the FlashAttention kernels."""
+        """Query and key offsets (S + 1,) int32, and the longest segment of each, for the FlashAttention
+        kernels.
+        """
         if "offsets" not in self._made:
-            q, k = (moved(torch.tensor(o, dtype=torch.int32), self.device) for o in (self.q_offsets, self.k_offsets))
+            q, k = (
+                moved(torch.tensor(o, dtype=torch.int32), self.device)
+                for o in (self.q_offsets, self.k_offsets)
+            )
             longest = (max(b - a for a, b in pairwise(o)) for o in (self.q_offsets, self.k_offsets))
             self._made["offsets"] = (q, k, *longest)
         return self._made["offsets"]
@@ -160,17 +178,29 @@ def attend(
         return flash_attn_varlen_func(
             q, k, v, q_offsets, k_offsets, longest_q, longest_k, causal=True, window_size=(left, 0)
         )
-    # What torch.nn.attention.varlen.varlen_attn calls, and differentiable as it is; varlen_attn's own arguments
-    # differ between torch 2.11 and 2.13.
+    # What torch.nn.attention.varlen.varlen_attn calls, and differentiable as it is; varlen_attn's own
+    # arguments differ between torch 2.11 and 2.13.
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, q_offsets, k_offsets, longest_q, longest_k, 0.0, window is None, False,
-        window_size_left=left, window_size_right=0,
-    )[0]  # fmt: skip
+        q,
+        k,
+        v,
+        q_offsets,
+        k_offsets,
+        longest_q,
+        longest_k,
+        0.0,
+        window is None,
+        False,
+        window_size_left=left,
+        window_size_right=0,
+    )[0]
 
 
 @dataclass
 class Decoding:
-    """How much of each slot's cache one decoding step reads: of slot n its first lengths[n] places, longest at most."""
+    """How much of each slot's cache one decoding step reads: of slot n its first lengths[n] places, longest
+    at most.
+    """
 
     lengths: Tensor  # (N,) int32
     longest: int
@@ -209,20 +239,37 @@ def attend_cached(
     n, heads, size = q.shape
     slot, kv_heads = k.shape[1:3]
     if window is not None and window >= slot:
-        window = None  # only without one do the kernels read a key head once for all its query heads, and split long slots
+        # only without one do the kernels read a key head once for all its query heads, and split long slots
+        window = None
     left = -1 if window is None else window - 1
     if backend == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
         out = flash_attn_with_kvcache(
-            q[:, None], k, v, cache_seqlens=step.lengths, causal=True, window_size=(left, -1 if window is None else 0)
+            q[:, None],
+            k,
+            v,
+            cache_seqlens=step.lengths,
+            causal=True,
+            window_size=(left, -1 if window is None else 0),
         )
         return out[:, 0]
     if backend == "torch-flash":
         return torch.ops.aten._flash_attention_forward(
-            q, k.flatten(0, 1), v.flatten(0, 1), step.q_offsets, step.k_offsets, 1, slot, 0.0, False, False,
-            window_size_left=left, window_size_right=-1 if window is None else 0, seqused_k=step.lengths,
-        )[0]  # fmt: skip
+            q,
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            step.q_offsets,
+            step.k_offsets,
+            1,
+            slot,
+            0.0,
+            False,
+            False,
+            window_size_left=left,
+            window_size_right=-1 if window is None else 0,
+            seqused_k=step.lengths,
+        )[0]
     k, v = k[:, : step.longest], v[:, : step.longest]
     # The query heads that share a key head are rows of one small matrix: no copy of the cache per head.
     out = F.scaled_dot_product_attention(
@@ -239,7 +286,10 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: 
     groups, stream_order = segments.groups(window)
     outputs = []
     for q_rows, k_rows, (n, q_len, k_len), mask in groups:
-        rows = lambda x, index: x if index is None else x.index_select(0, index)  # noqa: E731
+
+        def rows(x, index):
+            return x if index is None else x.index_select(0, index)
+
         out = F.scaled_dot_product_attention(
             rows(q, q_rows).unflatten(0, (n, q_len)).transpose(1, 2),  # (n, H, q_len, D)
             rows(k, k_rows).unflatten(0, (n, k_len)).transpose(1, 2),  # (n, K, k_len, D)
@@ -260,9 +310,9 @@ _SLACK, _SMALL, _LARGEST = 1.25, 1 << 16, 1 << 23
 def _padded_groups(segments: Segments, window: int | None):
     """Lay segments of similar length side by side, padded at the right, for scaled_dot_product_attention.
 
-    Returns the groups, each (q_rows, k_rows, (n, q_len, k_len), mask or None for plain causal), and the index that
-    brings the groups' concatenated outputs back to stream order. Where the stream is one group as it lies (sequences of
-    one length), the indices are None.
+    Returns the groups, each (q_rows, k_rows, (n, q_len, k_len), mask or None for plain causal), and the index
+    that brings the groups' concatenated outputs back to stream order. Where the stream is one group as it
+    lies (sequences of one length), the indices are None.
     """
     device = segments.device
     q_offsets, k_offsets = segments.q_offsets, segments.k_offsets
@@ -274,9 +324,11 @@ def _padded_groups(segments: Segments, window: int | None):
             return [(None, None, (len(q_lens), q_lens[0], q_lens[0]), None)], None
         key_index = torch.arange(k_offsets[-1])
     key_index = key_index.cpu()
-    # Square segments need no mask (a real row never sees the padding at its right), so they keep to themselves.
+    # Square segments need no mask (a real row never sees the padding at its right), so they keep to
+    # themselves.
     order = sorted(
-        (i for i, length in enumerate(q_lens) if length), key=lambda i: (q_lens[i] == k_lens[i], k_lens[i], q_lens[i])
+        (i for i, length in enumerate(q_lens) if length),
+        key=lambda i: (q_lens[i] == k_lens[i], k_lens[i], q_lens[i]),
     )
     members: list[list[int]] = []
     for i in reversed(order):
@@ -295,9 +347,11 @@ def _padded_groups(segments: Segments, window: int | None):
         n, q_len, k_len = len(group), max(q_lens[j] for j in group), max(k_lens[j] for j in group)
         q_at, k_at = torch.arange(q_len), torch.arange(k_len)
         q_start, q_size, k_start, k_size = (
-            torch.tensor([values[j] for j in group])[:, None] for values in (q_offsets, q_lens, k_offsets, k_lens)
+            torch.tensor([values[j] for j in group])[:, None]
+            for values in (q_offsets, q_lens, k_offsets, k_lens)
         )
-        q_rows = torch.where(q_at < q_size, q_start + q_at, q_start)  # (n, q_len); padding repeats the first row
+        # (n, q_len); padding repeats the first row
+        q_rows = torch.where(q_at < q_size, q_start + q_at, q_start)
         k_rows = key_index[torch.where(k_at < k_size, k_start + k_at, k_start)]  # (n, k_len)
         real = q_at < q_size
         output_row[q_rows[real]] = (row + torch.arange(n)[:, None] * q_len + q_at)[real]
@@ -307,7 +361,8 @@ def _padded_groups(segments: Segments, window: int | None):
         if square and (window is None or window >= k_len):
             mask = None
         else:
-            query = (q_at + (k_size - q_size))[:, :, None]  # position of each query among its keys (n, q_len, 1)
+            # position of each query among its keys (n, q_len, 1)
+            query = (q_at + (k_size - q_size))[:, :, None]
             mask = k_at <= query
             if window is not None:
                 mask &= k_at > query - window

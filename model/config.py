@@ -1,24 +1,28 @@
-"""The architecture: read from a Hugging Face config.json or Mistral's params.json, or refused with the field named."""
+"""The architecture: read from a Hugging Face config.json or Mistral's params.json, or refused with the field
+named.
+"""
 
 import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# Fields of config.json that change nothing in the forward pass. One that is neither here, nor a field of ModelConfig,
-# nor checked in `from_dict`, is refused unless it is off (null, false, 0, empty): this model might not do what it asks.
+# Fields of config.json that change nothing in the forward pass. One that is neither here, nor a field of
+# ModelConfig, nor checked in `from_dict`, is refused unless it is off (null, false, 0, empty): this model
+# might not do what it asks.
 IGNORED = set(
     """
-    architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path _attn_implementation
-    _attn_implementation_autoset attn_implementation _flash_attn_2_enabled _commit_hash pad_token_id unk_token_id
-    sep_token_id decoder_start_token_id
-    is_decoder is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
-    output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript use_bfloat16
-    tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp max_sequence_length
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    forced_bos_token_id forced_eos_token_id bad_words_ids unsloth_version unsloth_fixed base_model_name_or_path
-    """.split()
+    architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path
+    _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
+    _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id is_decoder
+    is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
+    output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript
+    use_bfloat16 tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp
+    max_sequence_length max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences forced_bos_token_id
+    forced_eos_token_id bad_words_ids unsloth_version unsloth_fixed base_model_name_or_path
+""".split()
 )  # pretraining_tp only splits matrix products into summands
 # What transformers takes for a field that config.json leaves out.
 _DEFAULTS = {
@@ -89,9 +93,9 @@ class ModelConfig:
     def from_dict(cls, values: dict, where: str = "config.json") -> "ModelConfig":
         """Read the dictionary of a Hugging Face config.json (transformers 4 or 5).
 
-        A field that is left out has transformers' default for the model_type; without a model_type, this class's.
-        Raises ValueError, naming `where` and the field, for a missing size, a value of the wrong type, and whatever
-        this model would not compute exactly.
+        A field that is left out has transformers' default for the model_type; without a model_type, this
+        class's. Raises ValueError, naming `where` and the field, for a missing size, a value of the wrong
+        type, and whatever this model would not compute exactly.
         """
 
         def refuse(field: str, only: str):
@@ -106,9 +110,14 @@ class ModelConfig:
         for field in ("rope_parameters", "rope_scaling"):
             if values.get(field):
                 unscaled = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0}
-                if rope or not isinstance(values[field], dict) or not (
-                    {**values[field], "rope_theta": None}.items() <= {**unscaled, "rope_theta": None}.items()
-                ):  # fmt: skip
+                if (
+                    rope
+                    or not isinstance(values[field], dict)
+                    or not (
+                        {**values[field], "rope_theta": None}.items()
+                        <= {**unscaled, "rope_theta": None}.items()
+                    )
+                ):
                     refuse(field, "rotary embeddings without scaling, given once")
                 rope = values[field]
         if values.get("partial_rotary_factor") not in (None, 1.0):
@@ -116,14 +125,22 @@ class ModelConfig:
         if "Llama" not in str(values.get("tokenizer_class") or "Llama"):
             refuse("tokenizer_class", "LlamaTokenizer: a sentencepiece model")
         known = {field.name for field in fields(cls)}
-        checked = {"hidden_act", "rope_parameters", "rope_scaling", "partial_rotary_factor", "tokenizer_class"}
+        checked = {
+            "hidden_act",
+            "rope_parameters",
+            "rope_scaling",
+            "partial_rotary_factor",
+            "tokenizer_class",
+        }
         for field in sorted(values.keys() - known - checked - IGNORED):
             if values[field]:
                 refuse(field, "a model without it (IGNORED in model/config.py lists what changes nothing)")
 
         missing = [field for field in _SIZES if values.get(field) is None]
         if missing:
-            raise ValueError(f"{where}: no {', '.join(missing)}; is this the config.json of a language model?")
+            raise ValueError(
+                f"{where}: no {', '.join(missing)}; is this the config.json of a language model?"
+            )
         kept = dict(_DEFAULTS[model_type]) if "model_type" in values else {}
         null = {"sliding_window", "bos_token_id"}  # where it says something; elsewhere it is a field left out
         kept |= {key: values[key] for key in known & values.keys() if values[key] is not None or key in null}
@@ -146,11 +163,15 @@ class ModelConfig:
         """Read the dictionary of Mistral's own params.json; as `from_dict` raises."""
         for field, value in values.items():
             if field not in _PARAMS and value and (field, value) != ("model_type", "transformer"):
-                raise ValueError(f"{where}: {field} = {value!r} is not supported, only a dense decoder without it")
+                raise ValueError(
+                    f"{where}: {field} = {value!r} is not supported, only a dense decoder without it"
+                )
         required = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
         missing = [field for field, name in _PARAMS.items() if name in required and values.get(field) is None]
         if missing:
-            raise ValueError(f"{where}: no {', '.join(missing)}; is this the params.json of a language model?")
+            raise ValueError(
+                f"{where}: no {', '.join(missing)}; is this the params.json of a language model?"
+            )
         named = {_PARAMS[field]: value for field, value in values.items() if field in _PARAMS}
         if named.get("rope_theta") is None:  # as mistral-inference has it
             named["rope_theta"] = 1e6 if named.get("sliding_window") is None else 1e4
@@ -158,7 +179,9 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":
-        """Read `path`/config.json, or params.json. Raises FileNotFoundError or ValueError with the file named."""
+        """Read `path`/config.json, or params.json. Raises FileNotFoundError or ValueError with the file
+        named.
+        """
         for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
             file = Path(path) / name
             if file.is_file():
@@ -167,14 +190,16 @@ class ModelConfig:
                     raise ValueError(f"{file}: no model_type; is this the config.json of a language model?")
                 return read(values, str(file))
         raise FileNotFoundError(
-            f"{Path(path) / 'config.json'}: no such file; a model is a directory with config.json and *.safetensors, "
-            "or Mistral's params.json and consolidated.safetensors"
+            f"{Path(path) / 'config.json'}: no such file; a model is a directory with config.json and "
+            "*.safetensors, or Mistral's params.json and consolidated.safetensors"
         )
 
     def to_dict(self, dtype: str) -> dict:
         """The config.json of an exported checkpoint whose tensors are of `dtype` ("bfloat16", "float32")."""
         result = {
-            "architectures": [{"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
+            "architectures": [
+                {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
+            ],
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "attention_dropout": 0.0,
             "hidden_act": "silu",
@@ -198,11 +223,15 @@ def read_object(file: Path) -> dict:
 
 
 def _check_type(where: str, field, values: dict) -> None:
-    """Raise ValueError unless values[field.name], if there, is of the field's type; an int may stand for a float."""
+    """Raise ValueError unless values[field.name], if there, is of the field's type; an int may stand for a
+    float.
+    """
     if field.name not in values:
         return
     value = values[field.name]
     if field.type is float and type(value) is int and abs(value) < 2**63:
         return
     if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
-        raise ValueError(f"{where}: {field.name} = {value!r} is not {getattr(field.type, '__name__', field.type)}")
+        raise ValueError(
+            f"{where}: {field.name} = {value!r} is not {getattr(field.type, '__name__', field.type)}"
+        )

@@ -13,11 +13,11 @@ from model.config import ModelConfig
 class KVCache:
     """Per layer, keys and values of `slots` sequences of up to `length` tokens: (slots, length, K, D).
 
-    A slot holds one sequence, token i at place i. Writing over a slot from place 0 starts a new sequence there;
-    what lies beyond a sequence's last token is left over and never read. Example, two slots:
+    A slot holds one sequence, token i at place i. Writing over a slot from place 0 starts a new sequence
+    there; what lies beyond a sequence's last token is left over and never read. Example, two slots:
 
-        write(0, k, v, slots=[0, 0, 1], positions=[0, 1, 0])   # prefill: two tokens into slot 0, one into slot 1
-        write(0, k, v, slots=[0, 1],    positions=[2, 1])      # decode: one more token for each
+        write(0, k, v, slots=[0, 0, 1], positions=[0, 1, 0])  # prefill: 2 tokens in slot 0, 1 in slot 1
+        write(0, k, v, slots=[0, 1],    positions=[2, 1])     # decode: one more token for each
     """
 
     def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device="cpu"):
@@ -26,12 +26,20 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = length
-        self.longest = length  # of the sequences being decoded, kept by whoever decodes: attention looks no further
+        # of the sequences being decoded, kept by whoever decodes: attention looks no further
+        self.longest = length
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
         """Memory of one slot of `length` tokens."""
-        return 2 * config.num_hidden_layers * length * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return (
+            2
+            * config.num_hidden_layers
+            * length
+            * config.num_key_value_heads
+            * config.head_dim
+            * dtype.itemsize
+        )
 
     def decoding(self, positions: Tensor) -> Decoding:
         """What the step reads in which slot n's new token is at positions[n]."""
@@ -55,8 +63,8 @@ class KVCache:
 class Prefix:
     """Keys and values of a text that several streams go on from, computed once.
 
-    The first forward pass that is given an empty one fills it with its own stream's; for later ones, the stream's
-    `Segments.key_index` counts its P rows first: key row P + t is the stream's row t.
+    The first forward pass that is given an empty one fills it with its own stream's; for later ones, the
+    stream's `Segments.key_index` counts its P rows first: key row P + t is the stream's row t.
     """
 
     def __init__(self):

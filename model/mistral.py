@@ -1,7 +1,7 @@
 """Mistral as a flat stream of tokens: no batch dimension, no padding.
 
-T packed tokens, R rows at which something is predicted, H query heads, K key/value heads, D head size, E width,
-F feed-forward width, V vocabulary. Parameter names and the rotary layout are Hugging Face's.
+T packed tokens, R rows at which something is predicted, H query heads, K key/value heads, D head size, E
+width, F feed-forward width, V vocabulary. Parameter names and the rotary layout are Hugging Face's.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary embedding (arXiv 2104.09864) at integer positions (T,), as `Rotation` takes them."""
+    """Cosine and sine of the rotary embedding (arXiv 2104.09864) at integer positions (T,), as `Rotation`
+    takes them.
+    """
     frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
     angles = positions[:, None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -46,12 +48,17 @@ class Rotation(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         rotated = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-        return rotated if x.dtype == rotated.dtype else rotated.to(x.dtype)  # `to` might return its input: see SwiGLU
+        # `to` might return its input: see SwiGLU
+        return rotated if x.dtype == rotated.dtype else rotated.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
-        return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1).to(grad.dtype), None, None
+        return (
+            torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1).to(grad.dtype),
+            None,
+            None,
+        )
 
 
 class Attention(nn.Module):
@@ -72,9 +79,18 @@ class Attention(nn.Module):
         return Rotation.apply(q, *rope), Rotation.apply(k, *rope), v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None, step: Decoding | None,
-        cache: KVCache | None, slots, positions, prefix: Prefix | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        segments: Segments | None,
+        step: Decoding | None,
+        cache: KVCache | None,
+        slots,
+        positions,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """What each token takes from those it sees (T, H·D)."""
         if prefix is not None:
             k, v = prefix.before(self.layer, k, v)
@@ -93,14 +109,16 @@ class Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, which keeps gate and up alone for its backward pass: a quarter less than autograd would."""
+    """silu(gate) · up, which keeps gate and up alone for its backward pass: a quarter less than autograd
+    would.
+    """
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         """gate, up: (T, F) → (T, F)"""
         ctx.save_for_backward(gate, up)
-        # Not in place: where a forward pass ends with an operator that returns its input, torch 2.11's compile loses the
-        # gradient.
+        # Not in place: where a forward pass ends with an operator that returns its input, torch 2.11's
+        # compile loses the gradient.
         return F.silu(gate) * up
 
     @staticmethod
@@ -141,7 +159,9 @@ class Block(nn.Module):
         return self.after(x, self.self_attn.attend(*self.before(x, rope), *context))
 
     def before(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
-        """All that comes before attention. This and `after` have plain tensors alone, so they can be compiled."""
+        """All that comes before attention. This and `after` have plain tensors alone, so they can be
+        compiled.
+        """
         return self.self_attn.project(self.input_layernorm(x), rope)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -153,7 +173,8 @@ class Block(nn.Module):
 # Activation checkpointing: what a block's backward pass computes again, and what is kept for it instead.
 RECOMPUTED = {
     "none": "nothing",
-    "selective": "norms, rotations, SiLU and products of elements; results of matrix products and of attention are kept",
+    "selective": "norms, rotations, SiLU and products of elements; results of matrix products and of "
+    "attention are kept",
     "full": "the block, from its input",
 }
 
@@ -181,10 +202,11 @@ class Mistral(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
 
     def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), as Mistral's; norms are 1.
+        """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), as Mistral's; norms
+        are 1.
 
-        The values depend on the seed and the whole parameters' shapes alone, so a sharded model's parameters may be
-        given their rows of them.
+        The values depend on the seed and the whole parameters' shapes alone, so a sharded model's parameters
+        may be given their rows of them.
         """
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
@@ -218,9 +240,9 @@ class Mistral(nn.Module):
     ) -> Tensor:
         """Logits, or the log-probabilities of given targets.
 
-        Training and scoring read a packed stream (`segments`). The sampler gives `cache` and `slots` too: then rows
-        0..N-1 are decoding steps of the slots 0..N-1, which see what the cache has for them, and the stream of
-        `segments` comes after them, a prefill of other slots; either may be absent.
+        Training and scoring read a packed stream (`segments`). The sampler gives `cache` and `slots` too:
+        then rows 0..N-1 are decoding steps of the slots 0..N-1, which see what the cache has for them, and
+        the stream of `segments` comes after them, a prefill of other slots; either may be absent.
 
         Args:
             tokens, positions: (T,) ids, and places in their sequences
@@ -283,7 +305,9 @@ class TokenLogps(torch.autograd.Function):
 
 
 def _chunks(x: Tensor, weight: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of x, `size` at a time, each with room for their logits, in x's dtype and in fp32: the same room every time."""
+    """Rows of x, `size` at a time, each with room for their logits, in x's dtype and in fp32: the same room
+    every time.
+    """
     shape = (min(size, len(x)), len(weight))
     logits, fp32 = x.new_empty(shape), x.new_empty(shape, dtype=torch.float32)
     for start in range(0, len(x), size):

@@ -1,11 +1,13 @@
 """The sampler: token ids in, token ids out, by continuous batching over the slots of a KV cache.
 
-N active slots, V vocabulary. A sampled token is a function of (seed, stream, step) and the logits alone: its random
-numbers come from a counter-based hash, so the text depends neither on the batch, nor on the order, nor on what an
-interruption left to do (but for what the batch's shape does to the logits' last bits: see `fixed_slots`).
+N active slots, V vocabulary. A sampled token is a function of (seed, stream, step) and the logits alone: its
+random numbers come from a counter-based hash, so the text depends neither on the batch, nor on the order, nor
+on what an interruption left to do (but for what the batch's shape does to the logits' last bits: see
+`fixed_slots`).
 
-One forward pass is one step of every active sequence, and with it the packed prompts of the sequences that begin. What
-a step needs stays on the device; the host reads one token id per sequence, to see which have ended.
+One forward pass is one step of every active sequence, and with it the packed prompts of the sequences that
+begin. What a step needs stays on the device; the host reads one token id per sequence, to see which have
+ended.
 """
 
 from collections import deque
@@ -49,7 +51,9 @@ class Response(NamedTuple):
 
 
 def generate(model: Mistral, prompts: Sequence[Sequence[int]], **settings) -> list[list[int]]:
-    """Responses in the order of the prompts, the samples of one prompt side by side; `settings` as in `generate_tokens`."""
+    """Responses in the order of the prompts, the samples of one prompt side by side; `settings` as in
+    `generate_tokens`.
+    """
     return [response.ids for response in sorted(generate_stream(model, prompts, **settings))]
 
 
@@ -105,29 +109,40 @@ def generate_tokens(
     Args:
         prompts: lists of token ids, none empty
         max_new_tokens: length at which a response is cut
-        temperature: 0 is greedy; then top_k (0 keeps everything) and top_p (nucleus, arXiv 1904.09751; 1 keeps everything)
+        temperature: 0 is greedy; then top_k (0 keeps everything) and top_p (nucleus, arXiv 1904.09751; 1
+            keeps everything)
         eos_id: ends a response, of which it is the last id; a response without it was cut
         samples: responses to each prompt, with random numbers of their own
-        streams: a number from 0 to 2**31 - 1 for each prompt that its random numbers depend on; its index if absent
+        streams: a number from 0 to 2**31 - 1 for each prompt that its random numbers depend on; its index if
+            absent
         logps: give log-probabilities too; temperature, top_k and top_p do not change them
         slots: sequences decoded side by side; 0: as many as memory holds, at most MOST_SLOTS
         memory: bytes that may be used for that; 0: what the device, or the machine, has free
         slot_length: tokens that a slot has room for; 0: what the longest prompt needs
-        fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is read by
-            itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence the same way in any
-            company (given the same slots, slot_length and, on a CPU, number of threads: from the first two FlashAttention
-            decides into how many parts it splits the keys). It costs what the idle rows and the lone prompts cost
+        fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is
+            read by itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence
+            the same way in any company (given the same slots, slot_length and, on a CPU, number of threads:
+            from the first two FlashAttention decides into how many parts it splits the keys). It costs what
+            the idle rows and the lone prompts cost
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
         vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
-        stop: is told each token (index, id), those of a response in turn, and says whether the response ends with it
+        stop: is told each token (index, id), those of a response in turn, and says whether the response ends
+            with it
 
-    Raises ValueError for an empty prompt, a setting out of range, a slot that free memory does not hold, or logits that
-    are not finite at the first prompts.
+    Raises ValueError for an empty prompt, a setting out of range, a slot that free memory does not hold, or
+    logits that are not finite at the first prompts.
     """
-    if max_new_tokens < 1 or slots < 0 or samples < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+    if (
+        max_new_tokens < 1
+        or slots < 0
+        or samples < 1
+        or not temperature >= 0
+        or top_k < 0
+        or not 0 < top_p <= 1
+    ):
         raise ValueError(
-            "need max_new_tokens >= 1, slots >= 0, samples >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-            f"{max_new_tokens}, {slots}, {samples}, {temperature}, {top_k}, {top_p}"
+            "need max_new_tokens >= 1, slots >= 0, samples >= 1, temperature >= 0, top_k >= 0 and 0 < top_p "
+            f"<= 1, got {max_new_tokens}, {slots}, {samples}, {temperature}, {top_k}, {top_p}"
         )
     if 0 < temperature < LOWEST_TEMPERATURE:
         raise ValueError(f"temperature = {temperature} is too near 0; 0 is greedy")
@@ -143,34 +158,46 @@ def generate_tokens(
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     length = max(map(len, prompts)) + max_new_tokens
     if slot_length and slot_length < length:
-        raise ValueError(f"slot_length = {slot_length}, but a prompt and its response may have {length} tokens")
+        raise ValueError(
+            f"slot_length = {slot_length}, but a prompt and its response may have {length} tokens"
+        )
     length = slot_length or length
     slots = slots or fitting_slots(model, length, memory or free_memory(device))
     if not fixed_slots:
         slots = min(slots, len(prompts) * samples)
     waiting = deque(
         _Sequence(i * samples + copy, (i if streams is None else streams[i]) + (copy << 32), prompts[i])
-        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: no late straggler
+        # the longest first: no late straggler
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for copy in range(samples)
     )
     active: list[_Sequence] = []  # active[s] is in slot s: the slots in use are always the first ones
     graphs = device.type in GRAPHS_ON  # they always look at whole slots
-    # A free slot gets the next prompt at once; only where steps are replayed, which a pass with prompts in it is not, are
-    # a few of many let run free before there is such a pass.
+    # A free slot gets the next prompt at once; only where steps are replayed, which a pass with prompts in it
+    # is not, are a few of many let run free before there is such a pass.
     refill = max(1, slots // 32) if graphs and not fixed_slots else 1
     filling = False
 
     with torch.inference_mode():
         cache = KVCache(model.config, slots, length, dtype, device)
-        # One row per slot: its newest token, that token's place, how many of the response there are, its random stream.
+        # One row per slot: its newest token, that token's place, how many of the response there are, its
+        # random stream.
         state = torch.zeros(4, slots, dtype=torch.int64, device=device)
         tokens, positions, counts, stream = state
         token_logps = torch.zeros(slots, device=device)
         numbers = torch.arange(max(slots, length), device=device)
 
     def step(decoding: int, fresh: Sequence[_Sequence] = (), first: int = 0) -> None:
-        """A token more for slots 0..decoding-1, and the first one for fresh sequences, in slots first, first + 1, …"""
-        ids, places, into, segments, at = tokens[:decoding], positions[:decoding], numbers[:decoding], None, None
+        """A token more for slots 0..decoding-1, and the first one for fresh sequences, in slots first, first
+        + 1, …
+        """
+        ids, places, into, segments, at = (
+            tokens[:decoding],
+            positions[:decoding],
+            numbers[:decoding],
+            None,
+            None,
+        )
         rows = slice(0, decoding)
         if fresh:
             lengths = [len(sequence.prompt) for sequence in fresh]
@@ -246,19 +273,23 @@ def generate_tokens(
 
 
 def fitting_slots(model: Mistral, length: int, free: int) -> int:
-    """How many slots of `length` tokens go into `free` bytes, at most MOST_SLOTS. Raises ValueError if not one does."""
+    """How many slots of `length` tokens go into `free` bytes, at most MOST_SLOTS. Raises ValueError if not
+    one does.
+    """
     weight = next(model.parameters())
     size = KVCache.bytes_per_slot(model.config, length, weight.dtype)
     if free * CACHE_SHARE < size:
         raise ValueError(
-            f"a cache for one sequence of {length} tokens takes {size / 1e6:.1f} MB, and of {free / 1e6:.1f} MB free memory "
-            f"{CACHE_SHARE:.0%} may be used; lower max_new_tokens or the longest prompt, or make room"
+            f"a cache for one sequence of {length} tokens takes {size / 1e6:.1f} MB, and of "
+            f"{free / 1e6:.1f} MB free memory {CACHE_SHARE:.0%} may be used; lower max_new_tokens or the "
+            "longest prompt, or make room"
         )
     return min(int(free * CACHE_SHARE / size), MOST_SLOTS[weight.device.type])
 
 
 def _replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callable[[int], None]:
-    """`step` as CUDA graphs, for a few numbers of rows: the host takes longer to launch its kernels than they run.
+    """`step` as CUDA graphs, for a few numbers of rows: the host takes longer to launch its kernels than they
+    run.
 
     A number between is rounded up, and idle slots are carried along.
     """
@@ -277,7 +308,9 @@ def _replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callabl
 
 
 def _captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], None]:
-    """`work` as a CUDA graph, `state` left as it is. `work` must only read and write memory that stays where it is."""
+    """`work` as a CUDA graph, `state` left as it is. `work` must only read and write memory that stays where
+    it is.
+    """
     before = state.clone()
     side = _side_stream(state.device)
     side.wait_stream(torch.cuda.current_stream())
@@ -315,11 +348,12 @@ def sample(
 
 
 def at_quantiles(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row, (N, V) → (N,) int64: a block of the vocabulary by one number of uniforms (N, 2), a place in it by
-    the other.
+    """One token per row, (N, V) → (N,) int64: a block of the vocabulary by one number of uniforms (N, 2), a
+    place in it by the other.
 
-    With a single number, one sum would run over the whole vocabulary, and its rounding would move the ends of thousands
-    of improbable tokens: of 512 sampled texts, 23 came out otherwise in another batch. Now a few hundred ends matter.
+    With a single number, one sum would run over the whole vocabulary, and its rounding would move the ends of
+    thousands of improbable tokens: of 512 sampled texts, 23 came out otherwise in another batch. Now a few
+    hundred ends matter.
     """
     n, vocabulary = probabilities.shape
     if vocabulary % BLOCK:
@@ -330,7 +364,9 @@ def at_quantiles(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _quantile(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place up to which more than a share `uniforms` (N,) of a row's weights (N, M) lies: (N,) int64."""
+    """The first place up to which more than a share `uniforms` (N,) of a row's weights (N, M) lies: (N,)
+    int64.
+    """
     ends = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms.clamp(max=1 - 2**-52)[:, None] * ends[:, -1:]  # below the last end, however rounded
     return torch.searchsorted(ends, target, right=True).squeeze(-1)
@@ -339,8 +375,8 @@ def _quantile(weights: Tensor, uniforms: Tensor) -> Tensor:
 def restricted(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """Scores (N, V) with -inf for the tokens that top-k, and after it top-p, leave out.
 
-    As transformers' warpers do it: what equals the k-th best stays; the nucleus is counted from the least probable token
-    up, in fp32; the most probable one always stays.
+    As transformers' warpers do it: what equals the k-th best stays; the nucleus is counted from the least
+    probable token up, in fp32; the most probable one always stays.
     """
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
@@ -353,7 +389,8 @@ def restricted(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def counter_uniform(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
-    """Two uniform numbers in [0, 1), a fixed function of (seed, stream, step): (N,), (N,) int64 → (N, 2) fp64.
+    """Two uniform numbers in [0, 1), a fixed function of (seed, stream, step): (N,), (N,) int64 → (N, 2)
+    fp64.
 
     Each argument is folded in through the 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014).
     """

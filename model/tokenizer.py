@@ -17,8 +17,8 @@ class Tokenizer:
     Args:
         path: a sentencepiece model, or a directory that has one
 
-    Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model, has no end of sequence, or
-    does not keep line ends.
+    Raises FileNotFoundError, or ValueError for a file that is not a sentencepiece model, has no end of
+    sequence, or does not keep line ends.
     """
 
     def __init__(self, path: str | Path):
@@ -50,8 +50,8 @@ class Tokenizer:
         """Text of the ids; control tokens leave no trace."""
         return self._model.decode(list(ids))
 
-    # A text that goes on after a line's end has no blank of sentencepiece's own in front ("I", not "▁I"), as if prompt
-    # and response had been encoded in one string: hence the newline in front, and off again.
+    # A text that goes on after a line's end has no blank of sentencepiece's own in front ("I", not "▁I"), as
+    # if prompt and response had been encoded in one string: hence the newline in front, and off again.
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text."""
@@ -115,7 +115,9 @@ class Tokenizer:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The sentencepiece model that `path` is or has. Raises FileNotFoundError, or ValueError for another kind."""
+    """The sentencepiece model that `path` is or has. Raises FileNotFoundError, or ValueError for another
+    kind.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -152,7 +154,9 @@ def render(messages: Sequence[Message], template: str) -> list[str | None]:
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES or not isinstance(content, str):
-            raise ValueError(f"a message needs a role of {', '.join(_ROLES)} and a content, got {message!r:.200}")
+            raise ValueError(
+                f"a message needs a role of {', '.join(_ROLES)} and a content, got {message!r:.200}"
+            )
         if template == "zephyr":
             text(f"<|{role}|>\n{content}")
             parts.append(None)

@@ -1,4 +1,6 @@
-"""Safetensors in and out: a checkpoint directory as Hugging Face lays it out, or Mistral's own weights read as such."""
+"""Safetensors in and out: a checkpoint directory as Hugging Face lays it out, or Mistral's own weights read
+as such.
+"""
 
 import hashlib
 import json
@@ -49,9 +51,10 @@ class Checkpoint:
     """The tensors of a directory, under Hugging Face's names and in its layout.
 
     The files are, in this order of preference, Hugging Face's (model.safetensors, or shards with an index) or
-    Mistral's own (consolidated.safetensors, or shards with an index). Opening reads the headers and no data. Raises
-    FileNotFoundError or ValueError, naming file and tensor, for an absent shard, a damaged file, an index that does
-    not agree with its shards, or an index beside a single file. Pickled weights are never opened.
+    Mistral's own (consolidated.safetensors, or shards with an index). Opening reads the headers and no data.
+    Raises FileNotFoundError or ValueError, naming file and tensor, for an absent shard, a damaged file, an
+    index that does not agree with its shards, or an index beside a single file. Pickled weights are never
+    opened.
     """
 
     def __init__(self, path: str | Path):
@@ -68,25 +71,37 @@ class Checkpoint:
                 declared = _read_index(index) if index.is_file() else None
                 break
         else:
-            pickled = sorted(file.name for file in self.path.glob("*") if file.suffix in (".bin", ".pth", ".pt"))
+            pickled = sorted(
+                file.name for file in self.path.glob("*") if file.suffix in (".bin", ".pth", ".pt")
+            )
             shards = sorted(file.name for file in self.path.glob("*.safetensors"))
             raise FileNotFoundError(
                 f"{self.path / 'model.safetensors'}: no such file, nor {INDEX}, nor consolidated.safetensors"
                 + (f"; {shards[0]} is there without the index of its shards" if shards else "")
-                + (f"; {pickled[0]} is pickled and never opened: convert it to safetensors" if pickled else "")
+                + (
+                    f"; {pickled[0]} is pickled and never opened: convert it to safetensors"
+                    if pickled
+                    else ""
+                )
             )
-        self.files = [self.path / file for file in sorted(set(declared.values()))] if declared else [self.path / name]
+        self.files = (
+            [self.path / file for file in sorted(set(declared.values()))] if declared else [self.path / name]
+        )
         self._entries: dict[str, tuple[Path, str, list[int], str]] = {}  # file, name in it, shape, dtype
         for file in self.files:
             if not file.is_file():
                 tensor = next(tensor for tensor, owner in declared.items() if owner == file.name)
-                raise FileNotFoundError(f"{file}: no such file, where {index.name} has {tensor}; fetch it again")
+                raise FileNotFoundError(
+                    f"{file}: no such file, where {index.name} has {tensor}; fetch it again"
+                )
             try:
                 with safe_open(file, framework="pt") as handle:
                     for stored in handle.keys():
                         name = self._name(stored)
                         if name in self._entries:
-                            raise ValueError(f"{file}: tensor {stored} is also in {self._entries[name][0].name}")
+                            raise ValueError(
+                                f"{file}: tensor {stored} is also in {self._entries[name][0].name}"
+                            )
                         part = handle.get_slice(stored)
                         self._entries[name] = (file, stored, part.get_shape(), part.get_dtype())
             except SafetensorError as error:
@@ -95,14 +110,18 @@ class Checkpoint:
                 ) from None
         if declared is not None:
             found = {stored: file.name for file, stored, _, _ in self._entries.values()}
-            wrong = sorted(name for name in found.keys() | declared.keys() if found.get(name) != declared.get(name))
+            wrong = sorted(
+                name for name in found.keys() | declared.keys() if found.get(name) != declared.get(name)
+            )
             if wrong:
                 raise ValueError(f"{index}: does not agree with the shards about {_some(wrong)}")
         for name in [name for name in self._entries if name.endswith(".rotary_emb.inv_freq")]:
             del self._entries[name]  # old files of Llama keep what follows from rope_theta
 
     def check(self, model: Mistral) -> None:
-        """Raise ValueError, naming file and tensor, unless the tensors are exactly the model's, by name and shape."""
+        """Raise ValueError, naming file and tensor, unless the tensors are exactly the model's, by name and
+        shape.
+        """
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         found = set(self._entries)
         if model.config.tie_word_embeddings and "lm_head.weight" in found:
@@ -113,19 +132,23 @@ class Checkpoint:
             parts = [f"lacks {_some(missing)}"] * bool(missing)
             if extra:
                 parts.append(f"has unknown {_some(extra)} in {self._entries[extra[0]][0].name}")
-            raise ValueError(f"{self.path}: {' and '.join(parts)}; do the configuration and the weights go together?")
+            raise ValueError(
+                f"{self.path}: {' and '.join(parts)}; do the configuration and the weights go together?"
+            )
         for name, shape in expected.items():
             file, stored, found_shape, dtype = self._entries[name]
             if found_shape != shape:
-                raise ValueError(f"{file}: {stored} has shape {found_shape}, the configuration asks for {shape}")
+                raise ValueError(
+                    f"{file}: {stored} has shape {found_shape}, the configuration asks for {shape}"
+                )
             if dtype not in _DTYPES.values():
                 raise ValueError(f"{file}: {stored} is {dtype}, not F32, F16 or BF16")
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The given rows of one tensor, in the dtype of the file; no other byte is read.
 
-        The file is mapped for this one tensor only: a map that stays would count what was read as this process's
-        memory for as long as the system has no other use for it.
+        The file is mapped for this one tensor only: a map that stays would count what was read as this
+        process's memory for as long as the system has no other use for it.
         """
         file, stored, shape, _ = self._entries[name]
         start, stop, _ = rows.indices(shape[0])
@@ -133,7 +156,8 @@ class Checkpoint:
             values = handle.get_slice(stored)
             if not self._mistral or not name.endswith(("q_proj.weight", "k_proj.weight")):
                 return values[start:stop]
-            # Mistral rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face halves of it (i, i + D/2).
+            # Mistral rotates neighbouring rows of a head (2i, 2i + 1), Hugging Face halves of it (i, i +
+            # D/2).
             size = self._head_dim
             first, last = start // size * size, -(-stop // size) * size  # whole heads
             heads = values[first:last].unflatten(0, (-1, size // 2, 2))
@@ -143,7 +167,8 @@ class Checkpoint:
     def fill(self, model: Mistral, shard: Callable[[Tensor], tuple[Tensor, slice]] | None = None) -> None:
         """Copy every tensor into its parameter, each exactly once; raises as `check` does.
 
-        `shard` gives, for a parameter of which this process holds a part, the local tensor and the rows that it is.
+        `shard` gives, for a parameter of which this process holds a part, the local tensor and the rows that
+        it is.
         """
         self.check(model)
         unfilled = dict(model.named_parameters())
@@ -152,9 +177,12 @@ class Checkpoint:
             parameter = model.lm_head.weight if twice else unfilled.pop(name)
             target, rows = shard(parameter) if shard is not None else (parameter, slice(None))
             if not twice:
-                target.copy_(self.read(name, rows).to(target.device))  # cast there: fewer bytes to move, and faster
+                # cast there: fewer bytes to move, and faster
+                target.copy_(self.read(name, rows).to(target.device))
             elif not torch.equal(self.read(name, rows), self.read("model.embed_tokens.weight", rows)):
-                raise ValueError(f"{file}: {stored} is not the embedding's matrix, as tie_word_embeddings has it")
+                raise ValueError(
+                    f"{file}: {stored} is not the embedding's matrix, as tie_word_embeddings has it"
+                )
         assert not unfilled, unfilled.keys()
 
     def _name(self, stored: str) -> str:
@@ -171,7 +199,8 @@ def load_model(
 ) -> Mistral:
     """The model in a checkpoint directory, in eval mode. Raises ValueError or OSError naming file and tensor.
 
-    `attention` is a backend of model/attention.py; one that cannot be had is a ValueError before anything is read.
+    `attention` is a backend of model/attention.py; one that cannot be had is a ValueError before anything is
+    read.
     """
     with torch.device("meta"):
         model = Mistral(ModelConfig.from_pretrained(path), attention).to(dtype)
@@ -185,10 +214,14 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: Mistral, path: str | Path, dtype: torch.dtype, tokenizer: str | Path | None = None) -> None:
+def save_model(
+    model: Mistral, path: str | Path, dtype: torch.dtype, tokenizer: str | Path | None = None
+) -> None:
     """Write `model` as a Hugging Face directory, with the tokenizer files found in `tokenizer`."""
     parameters = dict(model.named_parameters())
-    write_checkpoint(path, model.config, {n: p.shape for n, p in parameters.items()}, parameters.__getitem__, dtype)
+    write_checkpoint(
+        path, model.config, {n: p.shape for n, p in parameters.items()}, parameters.__getitem__, dtype
+    )
     if tokenizer is not None:
         copy_tokenizer(tokenizer, path)
 
@@ -202,12 +235,14 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     write: bool = True,
 ) -> None:
-    """Write config.json, generation_config.json and the safetensors shards, asking `get` for one tensor at a time.
+    """Write config.json, generation_config.json and the safetensors shards, asking `get` for one tensor at a
+    time.
 
-    Raises FileExistsError if there are weights already: what they leave over would be taken for a part of the new ones.
+    Raises FileExistsError if there are weights already: what they leave over would be taken for a part of the
+    new ones.
 
-    No more than one tensor is in memory. With `write` False, `get` is called in the same order and nothing is written:
-    for processes that only take part in gathering.
+    No more than one tensor is in memory. With `write` False, `get` is called in the same order and nothing is
+    written: for processes that only take part in gathering.
     """
     path = Path(path)
     shards: list[list[str]] = [[]]
@@ -226,7 +261,9 @@ def write_checkpoint(
         path.mkdir(parents=True, exist_ok=True)
         old = sorted(path.glob("*.safetensors*"))
         if old:
-            raise FileExistsError(f"{old[0]}: there are weights already; choose another directory, or remove it")
+            raise FileExistsError(
+                f"{old[0]}: there are weights already; choose another directory, or remove it"
+            )
         text = json.dumps(config.to_dict(str(dtype).removeprefix("torch.")), indent=2)
         (path / "config.json").write_text(text + "\n")
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -261,7 +298,9 @@ def _header(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer's files, and generation_config.json, where `source` has them; `source` may be the file."""
+    """Copy the tokenizer's files, and generation_config.json, where `source` has them; `source` may be the
+    file.
+    """
     source = Path(source)
     shutil.copyfile(find_tokenizer(source), Path(target) / "tokenizer.model")
     for name in TOKENIZER_FILES:
@@ -270,7 +309,9 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the architecture, every byte of the weights, and the sentencepiece model where there is one."""
+    """A SHA-256 over the architecture, every byte of the weights, and the sentencepiece model where there is
+    one.
+    """
     digest = hashlib.sha256(repr(ModelConfig.from_pretrained(path)).encode())
     for file in [*Checkpoint(path).files, *sorted(Path(path).glob("tokenizer.model*"))[:1]]:
         with open(file, "rb") as stream:
@@ -282,11 +323,15 @@ def _read_index(index: Path) -> dict[str, str]:
     """{tensor: file name} of an index. Raises ValueError if it is not one."""
     try:
         declared = read_object(index)["weight_map"]
-        bad = [name for name in declared.values() if Path(name).name != name or not name.endswith(".safetensors")]
+        bad = [
+            name for name in declared.values() if Path(name).name != name or not name.endswith(".safetensors")
+        ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     if bad or not declared:
-        raise ValueError(f"{index}: points to {bad[0] if bad else 'nothing'}, not to a .safetensors file of its folder")
+        raise ValueError(
+            f"{index}: points to {bad[0] if bad else 'nothing'}, not to a .safetensors file of its folder"
+        )
     return declared
 
 
@@ -300,7 +345,10 @@ def _first_cut(file: Path) -> str:
         try:
             header = json.loads(stream.read(size))
             ends = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-            return ": cut in " + min((start, name) for name, (start, end) in ends.items() if end > room - size)[1]
+            return (
+                ": cut in "
+                + min((start, name) for name, (start, end) in ends.items() if end > room - size)[1]
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return ""
 

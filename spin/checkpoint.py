@@ -20,22 +20,33 @@ log = logging.getLogger("spin")
 
 
 class Checkpoints:
-    """<directory>/step-NNNNNN: parameters and optimizer, each rank its shards, written beside the training that goes on.
+    """<directory>/step-NNNNNN: parameters and optimizer, each rank its shards, written beside the training
+    that goes on.
 
-    A checkpoint appears under its name when every rank's files are on disk and their digests with them, and the last
-    `keep` stay. It can be loaded on any number of ranks.
+    A checkpoint appears under its name when every rank's files are on disk and their digests with them, and
+    the last `keep` stay. It can be loaded on any number of ranks.
     """
 
-    def __init__(self, directory: Path, keep: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks):
-        self.directory, self.keep, self.model, self.optimizer, self.ranks = directory, keep, model, optimizer, ranks
-        self.group = ranks.new_group()  # its own: what is written meanwhile must not meet training's collectives
+    def __init__(
+        self, directory: Path, keep: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks
+    ):
+        self.directory, self.keep, self.model, self.optimizer, self.ranks = (
+            directory,
+            keep,
+            model,
+            optimizer,
+            ranks,
+        )
+        # its own: what is written meanwhile must not meet training's collectives
+        self.group = ranks.new_group()
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def restore(self) -> int:
         """Load the newest checkpoint that is whole; returns its step, 0 if there is none.
 
-        One with files that are missing or differ from their digests is put aside as step-NNNNNN.damaged, saying so.
+        One with files that are missing or differ from their digests is put aside as step-NNNNNN.damaged,
+        saying so.
         """
         self.ranks.from_first(self._clear)
         for step in self.ranks.from_first(lambda: sorted(_complete(self.directory), reverse=True)):
@@ -44,25 +55,35 @@ class Checkpoints:
             if not damaged:
                 state = _state(self.model, self.optimizer)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # torch's notes on its own deprecated storage classes
+                    # torch's notes on its own deprecated storage classes
+                    warnings.simplefilter("ignore", UserWarning)
                     try:
                         dcp.load(state, checkpoint_id=path)
                     except CheckpointException as error:
-                        raise OSError(f"{path}: cannot be loaded ({_cause(error)}); remove it to go on without") from error
+                        raise OSError(
+                            f"{path}: cannot be loaded ({_cause(error)}); remove it to go on without"
+                        ) from error
                 set_state_dict(
-                    self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+                    self.model,
+                    self.optimizer,
+                    model_state_dict=state["model"],
+                    optim_state_dict=state["optimizer"],
                 )
                 return step
             self.ranks.from_first(lambda: _put_aside(path, damaged[0]))
         return 0
 
     def save(self, step: int) -> None:
-        """Begin to write a checkpoint, once the one before is there. Raises OSError if that one could not be written."""
+        """Begin to write a checkpoint, once the one before is there. Raises OSError if that one could not be
+        written.
+        """
         self.wait()
         path = _path(self.directory, step)
         partial = path.with_name(path.name + ".partial")
         self.ranks.from_first(lambda: partial.mkdir(parents=True))
-        copied = dcp.async_save(_state(self.model, self.optimizer), checkpoint_id=partial, process_group=self.group)
+        copied = dcp.async_save(
+            _state(self.model, self.optimizer), checkpoint_id=partial, process_group=self.group
+        )
         self.pending = self.writer.submit(self._finish, copied, partial, path)
 
     @property
@@ -79,8 +100,8 @@ class Checkpoints:
             pending.result()
         except (OSError, CheckpointException) as error:
             raise OSError(
-                f"{self.directory}: the checkpoint could not be written ({_cause(error)}); the ones before it are intact. "
-                "Mend that, and the same command goes on from the last one"
+                f"{self.directory}: the checkpoint could not be written ({_cause(error)}); the ones before "
+                "it are intact. Mend that, and the same command goes on from the last one"
             ) from error
 
     def _finish(self, copied: Future, partial: Path, path: Path) -> None:
@@ -108,7 +129,9 @@ class Checkpoints:
         except (OSError, ValueError):
             return ["digests.json"]
         names = sorted(digests)[self.ranks.rank :: self.ranks.world_size]
-        return [name for name in names if not (path / name).is_file() or file_digest(path / name) != digests[name]]
+        return [
+            name for name in names if not (path / name).is_file() or file_digest(path / name) != digests[name]
+        ]
 
     def _clear(self) -> None:
         """Remove what a killed run was writing."""
@@ -117,7 +140,7 @@ class Checkpoints:
 
 
 def room_needed(directory: Path, size: int, keep: int) -> int:
-    """Bytes that `keep` checkpoints of `size` bytes and one more will take beside those that `directory` has."""
+    """Bytes that `keep` + 1 checkpoints of `size` bytes take in addition to those in `directory`."""
     return size * max(0, keep + 1 - len(_complete(directory)))
 
 
@@ -164,7 +187,10 @@ def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card
     """
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    get = lambda name: whole(parameters[name].detach().to(dtype))  # noqa: E731
+
+    def get(name):
+        return whole(parameters[name].detach().to(dtype))
+
     if ranks.first:
         with whole_directory(path) as partial:
             write_checkpoint(partial, model.config, shapes, get, dtype)

@@ -39,19 +39,27 @@ def iterations(text: str, base: bool = False) -> list[int]:
         elif first.isdigit() and (last.isdigit() if dash else True) and int(first) <= int(last or first):
             result += range(int(first), int(last or first) + 1)
         else:
-            raise ValueError(f"--iter {text}: write a number, a range or several, as in 0 or 0-2 or {'base,' * base}0,3")
+            raise ValueError(
+                f"--iter {text}: write a number, a range or several, as in 0 or 0-2 or {'base,' * base}0,3"
+            )
     return result
 
 
 @contextmanager
 def errors_in_words():
-    """Show what the user can mend as one line, without a traceback; log to standard error, from the first rank only."""
+    """Show what the user can mend as one line, without a traceback; log to standard error, from the first
+    rank only.
+    """
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(
+        format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr
+    )
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from what is there, training from its last checkpoint") from None
+        raise SystemExit(
+            "stopped; the same command goes on from what is there, training from its last checkpoint"
+        ) from None
     except Stopped as stopped:
         log.info(stopped)
         raise SystemExit(143) from None  # as a process that a signal ended
@@ -59,7 +67,9 @@ def errors_in_words():
         if not lost_rank(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        log.warning("rank %d: another rank has ended, as its own error says, or cannot be reached (%s)", rank, reason)
+        log.warning(
+            "rank %d: another rank has ended, as its own error says, or cannot be reached (%s)", rank, reason
+        )
         time.sleep(10)  # torchrun names the rank that ended first, and ends the others meanwhile
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:

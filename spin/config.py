@@ -1,7 +1,8 @@
 """Every setting, its default and its unit.
 
-A recipe is a TOML file that states only what differs from the defaults. `[[iteration]]` tables hold what changes from
-one iteration to the next, by the settings' full names; the last one also serves the iterations after it:
+A recipe is a TOML file that states only what differs from the defaults. `[[iteration]]` tables hold what
+changes from one iteration to the next, by the settings' full names; the last one also serves the iterations
+after it:
 
     [[iteration]]                       # iteration 0
     train.lr = 5e-7
@@ -23,34 +24,43 @@ from model.sampler import LOWEST_TEMPERATURE
 
 
 def _free(default):
-    """A setting that a run may go on with changed: it moves no result, or names a file whose content is recorded."""
+    """A setting that a run may go on with changed: it moves no result, or names a file whose content is
+    recorded.
+    """
     return field(default=default, metadata={"free": True})
 
 
 @dataclass(frozen=True)
 class Run:
     dir: str = "runs/tiny"  # where everything of this run is left
-    shard_size: int = _free(0)  # ranks that share one copy of the parameters, each group with its own (HSDP); 0: all of them
+    # ranks that share one copy of the parameters, each group with its own (HSDP); 0: all of them
+    shard_size: int = _free(0)
 
 
 @dataclass(frozen=True)
 class Model:
-    base: str = _free("")  # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
+    # the SFT model that iteration 0 starts from; empty: <run.dir>/base/model, made by `train.py --sft`
+    base: str = _free("")
     save_dtype: str = "bfloat16"  # of exported weights; bfloat16 or float32
-    attention: str = _free("auto")  # backend: flash-attn, torch-flash or sdpa; auto: the first of these that can be had
+    # backend: flash-attn, torch-flash or sdpa; auto: the first of these that can be had
+    attention: str = _free("auto")
 
 
 @dataclass(frozen=True)
 class Data:
-    path: str = _free("")  # prompts with their responses: .jsonl or .parquet, a directory of them, or a pattern (data/*.parquet)
+    # prompts with their responses: .jsonl or .parquet, a directory of them, or a pattern (data/*.parquet)
+    path: str = _free("")
     prompt_column: str = ""  # column names, where they are not among the known forms (spin/data.py)
     response_column: str = ""
-    pairs: str = _free("")  # pairs (`real`/`generated`) to train on as they are, instead of generating; a path as above
+    # pairs (`real`/`generated`) to train on as they are, instead of generating; a path as above
+    pairs: str = _free("")
     num_prompts: int = 0  # a seeded sample of this many for self-play; 0: all. SFT reads all
     seed: int = 0
-    empty_system: bool = False  # put an empty system turn before a conversation that has none, as the official code does
+    # put an empty system turn before a conversation that has none, as the official code does
+    empty_system: bool = False
     max_length: int = 1024  # tokens of prompt and response
-    max_prompt_length: int = 512  # tokens that a prompt keeps, its last ones, when the two are longer than max_length
+    # tokens that a prompt keeps, its last ones, when the two are longer than max_length
+    max_prompt_length: int = 512
     empty: str = "refuse"  # an example with an empty prompt or response: "refuse", or "drop" (and count)
 
 
@@ -63,8 +73,10 @@ class Generate:
     max_new_tokens: int = 256
     seed: int = 0
     dtype: str = "bfloat16"  # of weights and cache while sampling
-    slots: int = _free(0)  # sequences decoded side by side on each rank; 0: as many as memory holds, at most 512 (CPU: 128)
-    fixed_slots: bool = False  # batch-invariant: the text depends on `slots` and the longest prompt, not on what runs beside it
+    # sequences decoded side by side on each rank; 0: as many as memory holds, at most 512 (CPU: 128)
+    slots: int = _free(0)
+    # batch-invariant: the text depends on `slots` and the longest prompt, not on what runs beside it
+    fixed_slots: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,13 @@ class Optimization:
     heldout_pairs: int = 0  # examples kept aside, drawn by `seed`, on which loss and margin are measured
     heldout_every: int = _free(50)  # steps between two such measurements; the last step has one too
     token_budget: int = _free(8192)  # packed tokens of one forward and backward pass on each rank
-    logit_chunk: int = _free(256)  # rows whose logits exist at one time; a GPU wants some thousands, a CPU's cache fewer
-    activation_checkpointing: str = _free("none")  # what is computed again in the backward pass: none, selective, full
+    # rows whose logits exist at one time; a GPU wants some thousands, a CPU's cache fewer
+    logit_chunk: int = _free(256)
+    # what is computed again in the backward pass: none, selective, full
+    activation_checkpointing: str = _free("none")
     compile: bool = _free(False)  # torch.compile what stands before and after attention in each block
-    unsharded_gradients: bool = _free(False)  # reduce gradients once a step, not after each micro-batch: 4 bytes a parameter
+    # reduce gradients once a step, not after each micro-batch: 4 bytes a parameter
+    unsharded_gradients: bool = _free(False)
     checkpoint_every: int = _free(200)  # steps
     keep_checkpoints: int = _free(2)  # the last so many
     tensorboard: bool = _free(False)  # the metrics as TensorBoard events too, in <iteration>/tensorboard
@@ -114,12 +129,15 @@ class SFT(Optimization):
 
 @dataclass(frozen=True)
 class Evaluate:
-    tasks: str = "heldout"  # with commas: heldout, leaderboard, arc_challenge, … (spin/evaluation/tasks.py), mt_bench
+    # with commas: heldout, leaderboard, arc_challenge, … (spin/evaluation/tasks.py), mt_bench
+    tasks: str = "heldout"
     data: str = _free("data/eval")  # where the benchmarks' data sets are, as `hf download` left them
-    harness: str = "0.4.13"  # the version of lm-evaluation-harness whose numbers are given; the paper's is 0.4.0
+    # the version of lm-evaluation-harness whose numbers are given; the paper's is 0.4.0
+    harness: str = "0.4.13"
     heldout: str = ""  # prompts with right answers, a path like data.path; empty: train.py evaluates nothing
     limit: int = 0  # the first so many documents of each task; 0: all
-    answer_pattern: str = ""  # regular expression whose last match's first group is the answer; empty: the whole text
+    # regular expression whose last match's first group is the answer; empty: the whole text
+    answer_pattern: str = ""
     max_new_tokens: int = 256
     temperature: float = 1.0  # of the sampled answer; a greedy one is always given too
     seed: int = 1
@@ -147,7 +165,9 @@ class Config:
     @property
     def evaluates(self) -> bool:
         """Whether the recipe names something to evaluate on."""
-        return bool(self.evaluate.tasks) and not (self.evaluate.tasks == "heldout" and not self.evaluate.heldout)
+        return bool(self.evaluate.tasks) and not (
+            self.evaluate.tasks == "heldout" and not self.evaluate.heldout
+        )
 
     def iteration_dir(self, iteration: int) -> Path:
         return Path(self.run.dir) / f"iter{iteration}"
@@ -179,7 +199,17 @@ _CHOICES = {
 }
 _POSITIVE = ("max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget")
 _POSITIVE += ("logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every")
-_NOT_NEGATIVE = ("shard_size", "num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs", "beta", "replay")
+_NOT_NEGATIVE = (
+    "shard_size",
+    "num_prompts",
+    "temperature",
+    "top_k",
+    "slots",
+    "lr",
+    "schedule_epochs",
+    "beta",
+    "replay",
+)
 _NOT_NEGATIVE += ("heldout_pairs", "limit")
 
 
@@ -236,7 +266,9 @@ def build(values: dict[str, object]) -> Config:
         if 0 < part.temperature < LOWEST_TEMPERATURE:
             raise ValueError(f"{name}.temperature = {part.temperature!r} is too near 0; 0 is greedy")
     if config.generate.fixed_slots and not config.generate.slots:
-        raise ValueError("generate.fixed_slots needs generate.slots: the text is the same for the same number of slots")
+        raise ValueError(
+            "generate.fixed_slots needs generate.slots: the text is the same for the same number of slots"
+        )
     if not 0 < config.data.max_prompt_length < config.data.max_length:
         raise ValueError(
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for a response in "
@@ -246,20 +278,29 @@ def build(values: dict[str, object]) -> Config:
         if not 0 <= part.warmup < 1:
             raise ValueError(f"{name}.warmup = {part.warmup!r} is not in [0, 1)")
         if part.second_moment != "float32" and part.optimizer != "rmsprop":
-            raise ValueError(f"{name}.second_moment = {part.second_moment!r} is for rmsprop, not {part.optimizer}")
+            raise ValueError(
+                f"{name}.second_moment = {part.second_moment!r} is for rmsprop, not {part.optimizer}"
+            )
         if part.compile and part.activation_checkpointing == "selective":
             raise ValueError(
-                f'{name}.compile and {name}.activation_checkpointing = "selective" exclude each other: of what is fused '
+                f'{name}.compile and {name}.activation_checkpointing = "selective" exclude each other: of '
+                "what is fused "
                 'no part can be kept. Compiled, "none" keeps about as little by itself'
             )
         if 0 < part.schedule_epochs < part.epochs:
-            raise ValueError(f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}")
+            raise ValueError(
+                f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}"
+            )
     return config
 
 
 def flat(config: Config) -> dict[str, object]:
     """{"section.key": value} of every setting."""
-    return {f"{s.name}.{f.name}": getattr(getattr(config, s.name), f.name) for s in fields(config) for f in fields(s.type)}
+    return {
+        f"{s.name}.{f.name}": getattr(getattr(config, s.name), f.name)
+        for s in fields(config)
+        for f in fields(s.type)
+    }
 
 
 def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 """Prompts, responses and pairs, from JSONL or Parquet, with their checks.
 
-A row is taken in the first of these forms that it has (only the first user turn and the first assistant turn are
-used; a system turn before them is kept):
+A row is taken in the first of these forms that it has (only the first user turn and the first assistant turn
+are used; a system turn before them is kept):
 
     the columns named by data.prompt_column and data.response_column, two texts
     real, generated    two lists of messages, as in the released SPIN data
@@ -39,30 +39,41 @@ class Example:
 
     def to_pair(self) -> dict[str, list[Message]]:
         """The released form: {"real": [...], "generated": [...]}."""
-        turn = lambda text: [*self.prompt, {"role": "assistant", "content": text}]  # noqa: E731
+
+        def turn(text):
+            return [*self.prompt, {"role": "assistant", "content": text}]
+
         return {"real": turn(self.real), "generated": turn(self.generated)}
 
 
 def load_examples(path: str, data: Data, counts: Counter, need_generated: bool = False) -> list[Example]:
-    """All examples of `path`: a file, a directory of .jsonl or .parquet files, or a pattern, in the order of names.
+    """All examples of `path`: a file, a directory of .jsonl or .parquet files, or a pattern, in the order of
+    names.
 
-    With data.empty = "drop", examples with an empty prompt or response are left out and counted in `counts`. Raises
-    FileNotFoundError, or ValueError with file and line for a row that is not as this module's head says.
+    With data.empty = "drop", examples with an empty prompt or response are left out and counted in `counts`.
+    Raises FileNotFoundError, or ValueError with file and line for a row that is not as this module's head
+    says.
     """
     examples = []
     for where, row in read_rows(path):
         example = parse_row(row, data, where, need_generated)
         try:
-            "".join([*(turn["content"] for turn in example.prompt), example.real, example.generated or ""]).encode()
+            "".join(
+                [*(turn["content"] for turn in example.prompt), example.real, example.generated or ""]
+            ).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in a text") from None
+            raise ValueError(
+                f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in a text"
+            ) from None
         blank = _blank(example)
         if not blank:
             examples.append(example)
         elif data.empty == "drop":
             counts[f"examples dropped for an empty {blank}"] += 1
         else:
-            raise ValueError(f"{where}: empty {blank}; mend it, or leave such examples out with --data.empty=drop")
+            raise ValueError(
+                f"{where}: empty {blank}; mend it, or leave such examples out with --data.empty=drop"
+            )
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
@@ -97,7 +108,8 @@ def parse_row(row: dict, data: Data, where: str, need_generated: bool = False) -
         real = _text(row, "response", where)
     else:
         raise ValueError(
-            f'{where}: found the columns {_columns(row)}, none of the known forms ("messages"; "real" and "generated"; '
+            f'{where}: found the columns {_columns(row)}, none of the known forms ("messages"; "real" and '
+            '"generated"; '
             '"prompt" and "response"); name two with data.prompt_column and data.response_column'
         )
     if data.empty_system and prompt[0]["role"] != "system":
@@ -121,18 +133,21 @@ def choose(examples: list[Example], data: Data) -> list[Example]:
     if not data.num_prompts:
         return examples
     if data.num_prompts > len(examples):
-        raise ValueError(f"data.num_prompts = {data.num_prompts}, but {data.path} has {len(examples)} examples")
+        raise ValueError(
+            f"data.num_prompts = {data.num_prompts}, but {data.path} has {len(examples)} examples"
+        )
     return random.Random(data.seed).sample(examples, data.num_prompts)
 
 
 def tokenize(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
 ) -> list[Item]:
-    """Ids of each example: its prompt, and as responses the real one and, where there is one, the generated one.
+    """Ids of each example: its prompt, and as responses the real one and, where there is one, the generated
+    one.
 
-    As in the official code: when the prompt and the longer response exceed max_length, the prompt keeps its last
-    max_prompt_length tokens; if that is not enough, responses are cut at max_length - max_prompt_length tokens (and
-    lose their end-of-sequence). Each cut is counted in `counts`.
+    As in the official code: when the prompt and the longer response exceed max_length, the prompt keeps its
+    last max_prompt_length tokens; if that is not enough, responses are cut at max_length - max_prompt_length
+    tokens (and lose their end-of-sequence). Each cut is counted in `counts`.
     """
     items = []
     for example in examples:
@@ -154,7 +169,9 @@ def tokenize(
     return items
 
 
-def encode_prompts(examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter):
+def encode_prompts(
+    examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
+):
     """Ids of the prompts alone, each keeping its last max_prompt_length tokens: what the sampler reads."""
     prompts = [tokenizer.encode_prompt(example.prompt, template) for example in examples]
     counts["prompts cut at the left"] += sum(len(prompt) > data.max_prompt_length for prompt in prompts)
@@ -176,7 +193,9 @@ def data_files(path: str) -> list[Path]:
     else:
         files = [Path(f) for f in glob.glob(path, recursive=True)]
     if not files:
-        raise FileNotFoundError(f"{path}: no such file, no directory with .jsonl or .parquet in it, and no pattern's match")
+        raise FileNotFoundError(
+            f"{path}: no such file, no directory with .jsonl or .parquet in it, and no pattern's match"
+        )
     return sorted(files)
 
 
@@ -226,7 +245,9 @@ def _first_turns(messages, where: str) -> tuple[tuple[Message, ...], str]:
         elif turn["role"] == "assistant" and user is not None:
             return (*system, user), turn["content"]
         elif turn["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"{where} has a message with the role {turn['role']!r}; known: system, user, assistant")
+            raise ValueError(
+                f"{where} has a message with the role {turn['role']!r}; known: system, user, assistant"
+            )
     raise ValueError(f"{where} has no {'assistant turn after the user' if user else 'user turn'}")
 
 

@@ -1,7 +1,7 @@
 """Process group, mesh, sharding and reductions: the only place that knows of ranks.
 
-`python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On CPU the
-collectives are gloo's.
+`python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On CPU
+the collectives are gloo's.
 """
 
 import gc
@@ -25,7 +25,8 @@ from model.kv_cache import free_memory
 from model.mistral import Mistral
 from model.weights import Checkpoint
 
-# A rank may wait this long for another: longer than one finishes its prompts, hashes a checkpoint or writes a shard.
+# A rank may wait this long for another: longer than one finishes its prompts, hashes a checkpoint or writes a
+# shard.
 PATIENCE = timedelta(hours=4)
 
 
@@ -44,12 +45,24 @@ class Ranks:
         return self.rank == 0
 
     def progress(self, total: int, desc: str, unit: str, initial: int = 0, **settings) -> tqdm:
-        """A progress bar with rate and remaining time, on the first rank; a log file gets a line's worth less often."""
+        """A progress bar with rate and remaining time, on the first rank; a log file gets a line's worth less
+        often.
+        """
         seconds = 0.2 if sys.stderr.isatty() else 10.0
-        return tqdm(total=total, desc=desc, unit=unit, initial=initial, mininterval=seconds, disable=not self.first, **settings)
+        return tqdm(
+            total=total,
+            desc=desc,
+            unit=unit,
+            initial=initial,
+            mininterval=seconds,
+            disable=not self.first,
+            **settings,
+        )
 
     def release_memory(self) -> None:
-        """Give back the memory of models that are no longer used: FSDP's reference cycles outlive their last name."""
+        """Give back the memory of models that are no longer used: FSDP's reference cycles outlive their last
+        name.
+        """
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -61,7 +74,7 @@ class Ranks:
         return free_memory(self.device) // sharing
 
     def peak_memory(self) -> int:
-        """Bytes that this rank has held at most: torch's tensors on its GPU, or the whole process on a CPU."""
+        """Peak memory in bytes: torch's tensors on this rank's GPU, or the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")
@@ -113,11 +126,17 @@ class Ranks:
 
 def this_device() -> torch.device:
     """The GPU of this process, or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo's exceptions have no class of their own."""
+    """Whether a collective failed because another rank has ended; gloo's exceptions have no class of their
+    own.
+    """
     return isinstance(error, dist.DistError) or "by peer" in str(error) or "Connection refused" in str(error)
 
 
@@ -125,12 +144,12 @@ def lost_rank(error: RuntimeError) -> bool:
 def ranks(shard_size: int = 0):
     """Join the process group that torchrun describes, or a group of one; leave it at the end.
 
-    `shard_size` ranks hold one copy of a sharded model's parameters between them, all ranks if it is 0; groups of so
-    many follow each other, so that with a node's count of GPUs a node has its own copy. Raises ValueError if it does not
-    divide the number of ranks.
+    `shard_size` ranks hold one copy of a sharded model's parameters between them, all ranks if it is 0;
+    groups of so many follow each other, so that with a node's count of GPUs a node has its own copy. Raises
+    ValueError if it does not divide the number of ranks.
 
-    After an error it is not left: that waits for the other ranks, which wait in a collective for this one. The process
-    ends with its error instead, and torchrun ends the others.
+    After an error it is not left: that waits for the other ranks, which wait in a collective for this one.
+    The process ends with its error instead, and torchrun ends the others.
     """
     device = this_device()
     if device.type == "cuda":
@@ -139,8 +158,9 @@ def ranks(shard_size: int = 0):
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # After a restart torchrun's store still has the addresses of the ranks that died. (One agent alone counts the
-            # restarts; of several each counts its own: for them TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see the README.)
+            # After a restart torchrun's store still has the addresses of the ranks that died. (One agent
+            # alone counts the restarts; of several each counts its own: for them
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see the README.)
             store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
@@ -183,8 +203,8 @@ def sharded_model(
 ) -> Mistral:
     """A model whose fp32 parameters are sharded as `ranks.mesh` says (FSDP2) and which computes in `dtype`.
 
-    Gradients are reduced in fp32. `source` is a model directory, of which a rank reads the rows of its shards and no
-    more; or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
+    Gradients are reduced in fp32. `source` is a model directory, of which a rank reads the rows of its shards
+    and no more; or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
     with torch.device("meta"):

@@ -1,4 +1,6 @@
-"""How figures look: Okabe and Ito's colours, told apart by the colour-blind; styles and hatches tell them apart in print."""
+"""How figures look: Okabe and Ito's colours, told apart by the colour-blind; styles and hatches tell them
+apart in print.
+"""
 
 from pathlib import Path
 

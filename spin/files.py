@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_directory(path: Path):
-    """Yields a directory to fill beside `path`, flushed and renamed to it at the end; nothing appears on an error.
+    """Yields a directory to fill beside `path`, flushed and renamed to it at the end; nothing appears on an
+    error.
 
     Leftovers of a killed attempt are cleared away first.
     """
@@ -70,7 +71,8 @@ def cut_unfinished_line(path: Path) -> None:
 
 @contextmanager
 def only_process(directory: Path, hold: bool = True):
-    """Hold a directory for this process. Raises ValueError if another one holds it; a killed one holds nothing.
+    """Hold a directory for this process. Raises ValueError if another one holds it; a killed one holds
+    nothing.
 
     With `hold` False it does nothing: for ranks whose first one holds it.
     """
@@ -82,7 +84,9 @@ def only_process(directory: Path, hold: bool = True):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{directory}: another process is at work here; wait for it, or stop it") from None
+            raise ValueError(
+                f"{directory}: another process is at work here; wait for it, or stop it"
+            ) from None
         yield
 
 

@@ -1,7 +1,7 @@
 """The stages of one iteration, and where each leaves its result.
 
 runs/<recipe>/iter<N>/
-    config.toml, inputs.json        settings, and fingerprints of the opponent and the data, that all below is made from
+    config.toml, inputs.json        settings; fingerprints of the opponent and the data
     generated/                      stage generate: pairs, the opponent's responses beside the real ones
     opponent_logps.safetensors      stage score: log p_θt of both, for every pair trained on
     checkpoints/, metrics.jsonl     stage train
@@ -42,7 +42,9 @@ log = logging.getLogger("spin")
 
 
 def check(recipe: Recipe, iterations: list[int]) -> None:
-    """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms, vocabularies."""
+    """Raise ValueError or OSError for whatever would stop the iterations later on: paths, forms,
+    vocabularies.
+    """
     read, needed, architecture = set(), 0, None
     if recipe.at(0).sft.tensorboard or any(recipe.at(n).train.tensorboard for n in iterations):
         check_tensorboard()
@@ -65,9 +67,13 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
             architecture = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
             needed += _room(config.base.parent, config, config.sft, architecture)
         elif n == 0:
-            raise FileNotFoundError(f"{opponent}: no such directory; model.base is the SFT model to start from")
+            raise FileNotFoundError(
+                f"{opponent}: no such directory; model.base is the SFT model to start from"
+            )
         elif n - 1 not in iterations:
-            raise FileNotFoundError(f"{opponent}: no such directory; iteration {n} needs it: run --iter {n - 1} first")
+            raise FileNotFoundError(
+                f"{opponent}: no such directory; iteration {n} needs it: run --iter {n - 1} first"
+            )
         if not (directory / "model").is_dir():
             needed += _room(directory, config, config.train, architecture)
     checkpoint.check_room(Path(recipe.at(0).run.dir), needed)
@@ -77,7 +83,9 @@ def run_base(config: Config, ranks: Ranks) -> None:
     """Train the base model by SFT on data.path, into <run.dir>/base/model."""
     directory = Path(config.run.dir) / "base"
     if config.model.base:
-        raise ValueError(f"model.base = {config.model.base!r} is given, so there is no base model to train here")
+        raise ValueError(
+            f"model.base = {config.model.base!r} is given, so there is no base model to train here"
+        )
     source, tokenizer_path, vocabulary = base_source(config)
     counts: Counter = Counter()
     examples = real_only(load_examples(config.data.path, config.data, counts))
@@ -111,8 +119,8 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     part = config.sft
     if bool(part.init) == bool(part.architecture):
         raise ValueError(
-            f"{config.base}: there is no base model; set model.base to a Hugging Face directory, or, to train one "
-            "here, either sft.init (weights to start from) or sft.architecture (random weights)"
+            f"{config.base}: there is no base model; set model.base to a Hugging Face directory, or, to "
+            "train one here, either sft.init (weights to start from) or sft.architecture (random weights)"
         )
     if part.architecture and not part.tokenizer:
         raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
@@ -121,7 +129,11 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
     if part.init:
         check_model(Path(part.init), config, (part,), tokenizer)
         return Path(part.init), tokenizer_path, tokenizer
-    ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
     architecture = ModelConfig.from_dict(ids | part.architecture, "sft.architecture")
     _check_attention(config, architecture, (part,))
     return architecture, tokenizer_path, tokenizer
@@ -141,7 +153,11 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     own = load_own_examples(config, counts)
     replayed = [earlier_pairs(config, recipe.at(k), k) for k in range(max(0, n - config.train.replay), n)]
     inputs = ranks.from_first(
-        lambda: {"opponent": fingerprint(source), "data": digest(own), "replayed": [digest(old) for old in replayed]}
+        lambda: {
+            "opponent": fingerprint(source),
+            "data": digest(own),
+            "replayed": [digest(old) for old in replayed],
+        }
     )
     ranks.from_first(lambda: _same_origin(directory, config, _sections(config), inputs))
     made = {"opponent": inputs["opponent"], "settings": generation_settings(config)}
@@ -159,7 +175,8 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
         if not ranks.from_first((directory / "generated").is_dir):
             generate_pairs(config, n, own, inputs["opponent"], directory / "generated", ranks)
             ranks.release_memory()  # the sampler's replica makes room for the policy
-        ranks.from_first(lambda: shutil.rmtree(directory / "generated.partial", ignore_errors=True))  # of a late kill
+        # of a late kill
+        ranks.from_first(lambda: shutil.rmtree(directory / "generated.partial", ignore_errors=True))
         own = verified_pairs(directory / "generated", config.data, own, made)
     if last_stage == "generate":
         return
@@ -172,7 +189,9 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
     log.info("iteration %d: %s", n, about)
     part = config.train
     dtype, recomputed = getattr(torch, part.dtype), part.activation_checkpointing
-    model = sharded_model(source, ranks, dtype, recomputed, attention=config.model.attention, compile=part.compile)
+    model = sharded_model(
+        source, ranks, dtype, recomputed, attention=config.model.attention, compile=part.compile
+    )
     logps = opponent_logps(config, model, items, digest(examples), directory, ranks) if self_play else None
     train(config.train, model, items, logps, directory, ranks)
     _export(config, n, model, source, inputs, about, directory, ranks)
@@ -183,11 +202,20 @@ def run_iteration(recipe: Recipe, n: int, ranks: Ranks, last_stage: str = "evalu
 
 
 def _export(
-    config: Config, n: int, model: Mistral, tokenizer: Path, inputs: dict, about: str, directory: Path, ranks: Ranks
+    config: Config,
+    n: int,
+    model: Mistral,
+    tokenizer: Path,
+    inputs: dict,
+    about: str,
+    directory: Path,
+    ranks: Ranks,
 ) -> None:
     """Stage export: the last checkpoint's weights, the tokenizer's files and a card, in `directory`/model."""
     card = ranks.from_first(lambda: model_card(config, n, model.config, directory, inputs, about))
-    checkpoint.export(model, directory / "model", tokenizer, getattr(torch, config.model.save_dtype), card, ranks)
+    checkpoint.export(
+        model, directory / "model", tokenizer, getattr(torch, config.model.save_dtype), card, ranks
+    )
 
 
 def opponent_logps(
@@ -195,14 +223,16 @@ def opponent_logps(
 ) -> torch.Tensor:
     """log p_θt of the real and the generated response of every pair (N, 2), made once and kept.
 
-    `model` still has the opponent's weights: policy and opponent are one until the first step. `pairs` is a digest of
-    the texts; what was kept for others is refused.
+    `model` still has the opponent's weights: policy and opponent are one until the first step. `pairs` is a
+    digest of the texts; what was kept for others is refused.
     """
     file = directory / "opponent_logps.safetensors"
     if not ranks.from_first(file.is_file):
         result = score(model, items, config.train.token_budget, config.train.logit_chunk, ranks)
         if not result.isfinite().all():
-            raise ValueError(f"{directory}: the opponent's log-probabilities are not finite; are its weights damaged?")
+            raise ValueError(
+                f"{directory}: the opponent's log-probabilities are not finite; are its weights damaged?"
+            )
         if ranks.first:
             columns = {"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}
             commit_bytes(file, save(columns, metadata={"pairs": pairs}))
@@ -214,7 +244,9 @@ def opponent_logps(
 
 
 def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
-    """Stage evaluate for iteration n, -1 for the base: the recipe's tasks. Returns whether there was something to do."""
+    """Stage evaluate for iteration n, -1 for the base: the recipe's tasks. Returns whether there was
+    something to do.
+    """
     directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
     return config.evaluates and evaluate(config, config.model_dir(n), directory / "evaluation", ranks)[1]
 
@@ -229,7 +261,8 @@ def load_own_examples(config: Config, counts: Counter) -> list[Example]:
 
 
 def earlier_pairs(now: Config, config: Config, n: int) -> list[Example]:
-    """The pairs that iteration n, of settings `config`, made or was given, for replay in a later one of settings `now`.
+    """The pairs that iteration n, of settings `config`, made or was given, for replay in a later one of
+    settings `now`.
 
     Given pairs are not replayed where the later iteration was given the same ones.
     """
@@ -276,7 +309,9 @@ def _same_settings(directory: Path, config: Config, sections: tuple[str, ...]) -
     file = directory / "config.toml"
     changed = differences(read_toml(file), config, sections) if file.is_file() else []
     if changed:
-        raise ValueError(f"{directory}: begun with other settings: {', '.join(changed)}; {_remedy(directory)}")
+        raise ValueError(
+            f"{directory}: begun with other settings: {', '.join(changed)}; {_remedy(directory)}"
+        )
 
 
 def _remedy(directory: Path) -> str:
@@ -284,9 +319,11 @@ def _remedy(directory: Path) -> str:
 
 
 def check_model(path: Path, config: Config, used: tuple, tokenizer: Tokenizer | None = None) -> None:
-    """Raise ValueError or OSError unless architecture, weights and tokenizer go together, and attention can be had.
+    """Raise ValueError or OSError unless architecture, weights and tokenizer go together, and attention can
+    be had.
 
-    `used` are the parts of `config` that will compute with it; its own tokenizer is taken where none is given.
+    `used` are the parts of `config` that will compute with it; its own tokenizer is taken where none is
+    given.
     """
     tokenizer = tokenizer or Tokenizer(path)
     architecture = ModelConfig.from_pretrained(path)
@@ -294,7 +331,8 @@ def check_model(path: Path, config: Config, used: tuple, tokenizer: Tokenizer | 
         Checkpoint(path).check(Mistral(architecture))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocab_size of {architecture.vocab_size}"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model a vocab_size of "
+            f"{architecture.vocab_size}"
         )
     _check_attention(config, architecture, used)
 
@@ -303,14 +341,18 @@ def _room(directory: Path, config: Config, part: Optimization, architecture: Mod
     """Bytes that training and export will write."""
     with torch.device("meta"):
         count = sum(weight.numel() for weight in Mistral(architecture).parameters())
-    checkpoints = checkpoint.room_needed(directory / "checkpoints", count * (4 + state_bytes(part)), part.keep_checkpoints)
+    checkpoints = checkpoint.room_needed(
+        directory / "checkpoints", count * (4 + state_bytes(part)), part.keep_checkpoints
+    )
     return checkpoints + count * getattr(torch, config.model.save_dtype).itemsize
 
 
 def _check_attention(config: Config, architecture: ModelConfig, used: tuple) -> None:
     """Raise ValueError if model.attention cannot be had in the dtype of a part that will be used."""
     for part in used:
-        choose_backend(config.model.attention, this_device().type, getattr(torch, part.dtype), architecture.head_dim)
+        choose_backend(
+            config.model.attention, this_device().type, getattr(torch, part.dtype), architecture.head_dim
+        )
 
 
 def _summary(counts: Counter) -> str:

@@ -1,6 +1,7 @@
 """The paper's tables and figures, a run's evaluations beside the paper's numbers: whatever there is.
 
-Other models stand beside the run's where they were evaluated into <run>/beside/<name> (evaluate.py --model … --out …).
+Other models stand beside the run's where they were evaluated into <run>/beside/<name> (evaluate.py --model …
+--out …).
 """
 
 import math
@@ -22,9 +23,12 @@ LEADERBOARD = (
     ("mmlu", "acc_by_subject", "MMLU"),
 )
 OTHERS = (
-    ("openbookqa", "acc_norm"), ("truthfulqa_mc1", "acc"), ("bigbench_causal_judgment", "acc"),
-    ("bigbench_sports_understanding", "acc"), ("bigbench_formal_fallacies_syllogisms_negation", "acc"),
-)  # fmt: skip
+    ("openbookqa", "acc_norm"),
+    ("truthfulqa_mc1", "acc"),
+    ("bigbench_causal_judgment", "acc"),
+    ("bigbench_sports_understanding", "acc"),
+    ("bigbench_formal_fallacies_syllogisms_negation", "acc"),
+)
 DOCUMENTS = (1172, 817, 1267, 1319, 10042, 14042)  # of the whole tasks, in LEADERBOARD's order
 # Percent, in the same order: arXiv 2401.01335, the table of all iterations.
 PAPER = {
@@ -37,7 +41,9 @@ PAPER = {
 
 
 def results_table(summary: dict, wanted: Sequence[str]) -> str:
-    """Markdown: the metrics of one evaluation's wanted tasks and of MMLU's groups, with standard errors; subjects last."""
+    """Markdown: the metrics of one evaluation's wanted tasks and of MMLU's groups, with standard errors;
+    subjects last.
+    """
     rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness", "remarks"]]
     groups = [name for name, task in summary["tasks"].items() if "subjects" in task]
     wanted = [name for name in wanted if name in summary["tasks"]]
@@ -46,15 +52,23 @@ def results_table(summary: dict, wanted: Sequence[str]) -> str:
     for name, task in ((name, summary["tasks"][name]) for name in names):
         for metric in (key.removesuffix("_stderr") for key in task if key.endswith("_stderr")):
             error = task[f"{metric}_stderr"]
-            values = [f"{task[metric]:.4f}", "" if math.isnan(error) else f"{error:.4f}", str(task["documents"])]
+            values = [
+                f"{task[metric]:.4f}",
+                "" if math.isnan(error) else f"{error:.4f}",
+                str(task["documents"]),
+            ]
             rows.append([name, metric, *values, str(task["few_shot"]), task["harness"], _remark(task)])
     return markdown(rows)
 
 
 def benchmarks(run: Path) -> dict[str, dict]:
-    """{model: its tasks} of the base, the iterations and the models beside them that have benchmarks' results."""
+    """{model: its tasks} of the base, the iterations and the models beside them that have benchmarks'
+    results.
+    """
     directories = {"base": run / "base/evaluation"}
-    directories |= {f"iteration {n}": run / f"iter{n}/evaluation" for n in range(len(list(run.glob("iter*"))))}
+    directories |= {
+        f"iteration {n}": run / f"iter{n}/evaluation" for n in range(len(list(run.glob("iter*"))))
+    }
     directories |= {directory.name: directory for directory in sorted((run / "beside").glob("*"))}
     files = {name: directory / "summary.json" for name, directory in directories.items()}
     tasks = {name: read_json(file)["tasks"] for name, file in files.items() if file.is_file()}
@@ -73,7 +87,11 @@ def section(run: Path) -> list[str]:
         return []
     parts = ["## Benchmarks\n", leaderboard_table(found) + "\n", notes(found) + "\n"]
     if any(value is not None for tasks in found.values() for value in scores(tasks)):
-        for plot, what in ((plot_average, "average by iteration"), (plot_tasks, "tasks by iteration"), (plot_radar, "radar")):
+        for plot, what in (
+            (plot_average, "average by iteration"),
+            (plot_tasks, "tasks by iteration"),
+            (plot_radar, "radar"),
+        ):
             if figure := plot(run, found):
                 parts += [f"![{what}]({figure.name})\n"]
     if others := other_table(found):
@@ -84,7 +102,9 @@ def section(run: Path) -> list[str]:
 
 
 def leaderboard_table(found: dict[str, dict]) -> str:
-    """Markdown: percent with standard errors; under each model of the paper's its numbers, and the difference on whole tasks."""
+    """Markdown: percent with standard errors; under each model of the paper's its numbers, and the difference
+    on whole tasks.
+    """
     rows = [["model", *(name for _, _, name in LEADERBOARD), "average"]]
     for model, tasks in found.items():
         ours = scores(tasks)
@@ -94,9 +114,17 @@ def leaderboard_table(found: dict[str, dict]) -> str:
         if model in PAPER:
             theirs = [*PAPER[model], _average(PAPER[model])]
             rows.append(["— the paper", *map(_percent, theirs)])
-            whole = [tasks.get(task, {}).get("documents") == count for (task, *_), count in zip(LEADERBOARD, DOCUMENTS)]
+            whole = [
+                tasks.get(task, {}).get("documents") == count
+                for (task, *_), count in zip(LEADERBOARD, DOCUMENTS)
+            ]
             pairs = zip([*ours, _average(ours)], theirs, [*whole, all(whole)])
-            rows.append(["— difference", *(f"{a - b:+.2f}" if a is not None and complete else "" for a, b, complete in pairs)])
+            rows.append(
+                [
+                    "— difference",
+                    *(f"{a - b:+.2f}" if a is not None and complete else "" for a, b, complete in pairs),
+                ]
+            )
     return markdown(rows)
 
 
@@ -107,7 +135,9 @@ def notes(found: dict[str, dict]) -> str:
         of.setdefault(_facts(tasks), []).append(shown(model))
     if len(of) == 1:
         return "Percent ± one standard error. " + next(iter(of))
-    return "\n\n".join(["Percent ± one standard error.", *(f"{', '.join(models)}: {facts}" for facts, models in of.items())])
+    return "\n\n".join(
+        ["Percent ± one standard error.", *(f"{', '.join(models)}: {facts}" for facts, models in of.items())]
+    )
 
 
 def _facts(tasks: dict) -> str:
@@ -115,7 +145,9 @@ def _facts(tasks: dict) -> str:
     harness = sorted({task["harness"] for task in tasks.values() if task["harness"][0].isdigit()})
     lines = [f"Scored as lm-evaluation-harness {' and '.join(harness)} does."] if harness else []
     sizes = {name: tasks[name]["documents"] for name, *_ in LEADERBOARD if name in tasks}
-    lines += ["Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + "."] if sizes else []
+    lines += (
+        ["Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + "."] if sizes else []
+    )
     if "mmlu" in tasks and tasks["mmlu"]["subjects"] < tasks["mmlu"]["of_subjects"]:
         lines.append(f"MMLU: {tasks['mmlu']['subjects']} of its {tasks['mmlu']['of_subjects']} subjects.")
     for name, task in tasks.items():
@@ -129,20 +161,29 @@ def _remark(task: dict) -> str:
     parts = [f"{task['truncated']} contexts cut at the left"] if task.get("truncated") else []
     parts += [f"{task['empty_choices']} empty choices"] if task.get("empty_choices") else []
     parts += ["answers without any probability"] if math.isnan(task.get("acc", 0)) else []
-    parts += [f"{task[what]} {what.replace('_', ' ')}" for what in ("dropped", "prompts_cut", "answers_cut") if task.get(what)]
+    parts += [
+        f"{task[what]} {what.replace('_', ' ')}"
+        for what in ("dropped", "prompts_cut", "answers_cut")
+        if task.get(what)
+    ]
     return ", ".join(parts)
 
 
 def other_table(found: dict[str, dict]) -> str:
     """Markdown: the tasks beside the leaderboard's, MMLU's groups among them; empty if there are none."""
-    columns = [*OTHERS, *((f"mmlu_{group}", "acc") for group in ("stem", "humanities", "social_sciences", "other"))]
+    columns = [
+        *OTHERS,
+        *((f"mmlu_{group}", "acc") for group in ("stem", "humanities", "social_sciences", "other")),
+    ]
     columns = [(task, metric) for task, metric in columns if any(task in tasks for tasks in found.values())]
     if not columns:
         return ""
     rows = [["model", *(f"{task} {metric}" for task, metric in columns)]]
     for model, tasks in found.items():
         cells = [
-            _with_error(100 * tasks[task][metric], tasks[task].get(f"{metric}_stderr")) if task in tasks else ""
+            _with_error(100 * tasks[task][metric], tasks[task].get(f"{metric}_stderr"))
+            if task in tasks
+            else ""
             for task, metric in columns
         ]
         rows.append([shown(model), *cells])
@@ -150,7 +191,7 @@ def other_table(found: dict[str, dict]) -> str:
 
 
 def judged_table(run: Path, found: dict[str, dict]) -> str:
-    """Markdown: MT-Bench's scores from the judge's files in <run>/mt_bench_judgment; empty without answers."""
+    """Markdown: MT-Bench's scores from <run>/mt_bench_judgment, the judge's files; empty without answers."""
     answered = {model: tasks["mt_bench"] for model, tasks in found.items() if "mt_bench" in tasks}
     if not answered:
         return ""
@@ -158,7 +199,9 @@ def judged_table(run: Path, found: dict[str, dict]) -> str:
     rows = [["model", "turn 1", "turn 2", "average"]]
     for model, task in answered.items():
         of_model = judged.get(task["model_id"], {})
-        rows.append([shown(model), *(f"{of_model[key]:.2f}" if key in of_model else "" for key in rows[0][1:])])
+        rows.append(
+            [shown(model), *(f"{of_model[key]:.2f}" if key in of_model else "" for key in rows[0][1:])]
+        )
     note = "The paper: 5.94 for the SFT model, 6.78 after SPIN."
     if len(judged) < len(answered):
         note += " Without a score: answered, but no verdict of the judge in mt_bench_judgment/."
@@ -166,30 +209,50 @@ def judged_table(run: Path, found: dict[str, dict]) -> str:
 
 
 def plot_average(run: Path, found: dict[str, dict]) -> Path | None:
-    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours has, if any."""
-    own = {model: scores(tasks) for model, tasks in found.items() if model in PAPER or model.startswith("iteration")}
-    common = [i for i in range(len(LEADERBOARD)) if own and all(values[i] is not None for values in own.values())]
+    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours
+    has, if any.
+    """
+    own = {
+        model: scores(tasks)
+        for model, tasks in found.items()
+        if model in PAPER or model.startswith("iteration")
+    }
+    common = [
+        i for i in range(len(LEADERBOARD)) if own and all(values[i] is not None for values in own.values())
+    ]
     if not common:
         return None
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     places = [*PAPER, *(model for model in own if model not in PAPER)]
     means = [
-        {places.index(model): sum(values[i] for i in common) / len(common) for model, values in of_models.items()}
+        {
+            places.index(model): sum(values[i] for i in common) / len(common)
+            for model, values in of_models.items()
+        }
         for of_models in (own, PAPER)
     ]
     for which, (label, style) in enumerate((("this run", "-"), ("the paper", "--"))):
         curve, other = means[which], means[1 - which]
-        axes.plot(curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label)
+        axes.plot(
+            curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label
+        )
         for x, y in curve.items():
             higher = (y, -which) > (other.get(x, y), which - 1)
             axes.annotate(
-                f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 7 if higher else -14), ha="center",
-                fontsize=8, color=COLORS[which],
-            )  # fmt: skip
+                f"{y:.2f}",
+                (x, y),
+                textcoords="offset points",
+                xytext=(0, 7 if higher else -14),
+                ha="center",
+                fontsize=8,
+                color=COLORS[which],
+            )
     axes.legend(frameon=False)
     axes.set_xticks(range(len(places)), [shown(model) for model in places])
-    names = "the six tasks" if len(common) == len(LEADERBOARD) else ", ".join(LEADERBOARD[i][2] for i in common)
+    names = (
+        "the six tasks" if len(common) == len(LEADERBOARD) else ", ".join(LEADERBOARD[i][2] for i in common)
+    )
     axes.set_title(f"Average by iteration: {names}", fontsize=11)
     axes.set_ylabel("percent")
     axes.margins(y=0.15)
@@ -198,7 +261,9 @@ def plot_average(run: Path, found: dict[str, dict]) -> Path | None:
 
 
 def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
-    """tasks.png: for each task that there is, bars by iteration, one standard error on them, the paper's numbers as lines."""
+    """tasks.png: for each task that there is, bars by iteration, one standard error on them, the paper's
+    numbers as lines.
+    """
     plt = pyplot()
     there = [i for i, (task, *_) in enumerate(LEADERBOARD) if any(task in tasks for tasks in found.values())]
     rows, columns = (2, (len(there) + 1) // 2) if len(there) > 3 else (1, len(there))
@@ -214,10 +279,22 @@ def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
             error = 100 * found[model][task].get(f"{metric}_stderr", math.nan)
             error = 0.0 if math.isnan(error) else error
             axes.bar(
-                x, value, color=COLORS[place % len(COLORS)], hatch=HATCHES[place % len(HATCHES)], edgecolor="white",
-                yerr=error or None, capsize=3,
-            )  # fmt: skip
-            axes.annotate(f"{value:.1f}", (x, value + error), textcoords="offset points", xytext=(0, 3), ha="center", fontsize=8)
+                x,
+                value,
+                color=COLORS[place % len(COLORS)],
+                hatch=HATCHES[place % len(HATCHES)],
+                edgecolor="white",
+                yerr=error or None,
+                capsize=3,
+            )
+            axes.annotate(
+                f"{value:.1f}",
+                (x, value + error),
+                textcoords="offset points",
+                xytext=(0, 3),
+                ha="center",
+                fontsize=8,
+            )
             ends += [value - error, value + error]
             if model in PAPER:
                 axes.plot([x - 0.45, x + 0.45], [PAPER[model][i]] * 2, color="black", linewidth=1.6)
@@ -229,15 +306,21 @@ def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
         axes.set_title(f"{name}, percent", fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.suptitle("Black lines: the paper's. Whiskers: one standard error. Axes do not start at 0.", fontsize=9)
+    figure.suptitle(
+        "Black lines: the paper's. Whiskers: one standard error. Axes do not start at 0.", fontsize=9
+    )
     return save(plt, figure, run / "tasks.png")
 
 
 def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
-    """radar.png: the base, the last iteration and the models beside the run; None where fewer than three tasks or two models."""
+    """radar.png: the base, the last iteration and the models beside the run; None where fewer than three
+    tasks or two models.
+    """
     own = [model for model in found if model in PAPER or model.startswith("iteration")]
     models = list(dict.fromkeys([*own[:1], *own[-1:], *(model for model in found if model not in own)]))
-    common = [i for i in range(len(LEADERBOARD)) if all(scores(found[model])[i] is not None for model in models)]
+    common = [
+        i for i in range(len(LEADERBOARD)) if all(scores(found[model])[i] is not None for model in models)
+    ]
     if len(common) < 3 or len(models) < 2:
         return None
     plt = pyplot()
@@ -247,9 +330,13 @@ def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
     for place, model in enumerate(models):
         values = [scores(found[model])[i] for i in common]
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)],
-            linestyle=("-", "--", "-.", ":")[place % 4], label=shown(model),
-        )  # fmt: skip
+            [*angles, angles[0]],
+            [*values, values[0]],
+            color=COLORS[place % len(COLORS)],
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle=("-", "--", "-.", ":")[place % 4],
+            label=shown(model),
+        )
     axes.set_xticks(angles, [LEADERBOARD[i][2] for i in common])
     axes.tick_params(axis="x", pad=14)
     axes.set_rlabel_position(30)

@@ -8,11 +8,12 @@ from spin.packing import Packed
 
 
 def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
-    """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens, end-of-sequence included.
+    """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens, end-of-sequence
+    included.
 
-    Differentiable, and summed in a fixed order. `chunk` rows of logits exist at a time. A stream without responses
-    gives an empty tensor that is still connected to every parameter, so that its backward pass takes part in the
-    collectives.
+    Differentiable, and summed in a fixed order. `chunk` rows of logits exist at a time. A stream without
+    responses gives an empty tensor that is still connected to every parameter, so that its backward pass
+    takes part in the collectives.
     """
     token_logps = model(
         packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=chunk

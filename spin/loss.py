@@ -31,7 +31,9 @@ def spin_loss(
     return LOSSES[kind](beta * margin)
 
 
-def margins(policy_real: Tensor, policy_generated: Tensor, opponent_real: Tensor, opponent_generated: Tensor) -> Tensor:
+def margins(
+    policy_real: Tensor, policy_generated: Tensor, opponent_real: Tensor, opponent_generated: Tensor
+) -> Tensor:
     """How much more the policy tells real from generated than the opponent does (B,), in nats."""
     return (policy_real - opponent_real) - (policy_generated - opponent_generated)
 

@@ -9,7 +9,14 @@ import torch
 from spin.files import write_whole
 
 # Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -21,7 +28,9 @@ def peak_flops(device: torch.device) -> float | None:
 def check_tensorboard() -> None:
     """Raise ValueError if the package is not there."""
     if not importlib.util.find_spec("tensorboard"):
-        raise ValueError("tensorboard = true needs the package tensorboard: pip install tensorboard, or set it to false")
+        raise ValueError(
+            "tensorboard = true needs the package tensorboard: pip install tensorboard, or set it to false"
+        )
 
 
 class Log:
@@ -53,6 +62,8 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl, also of one that is being written: what follows the last line's end is left out."""
+    """The steps of a metrics.jsonl, also of one that is being written: what follows the last line's end is
+    left out.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

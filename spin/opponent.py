@@ -34,9 +34,10 @@ def generate_pairs(
 ) -> None:
     """Answer every prompt with the opponent and leave `directory` with pairs as JSONL shards and meta.json.
 
-    Responses are written as they come to `directory`.partial, a file for each rank, so that a killed run goes on at
-    the prompts that have none, on any number of ranks; the shards are made of them once all are there. meta.json has
-    counts, mean lengths, the settings, `opponent` (its fingerprint) and a digest of the pairs. Logs a summary.
+    Responses are written as they come to `directory`.partial, a file for each rank, so that a killed run goes
+    on at the prompts that have none, on any number of ranks; the shards are made of them once all are there.
+    meta.json has counts, mean lengths, the settings, `opponent` (its fingerprint) and a digest of the pairs.
+    Logs a summary.
     """
     settings, source = config.generate, config.model_dir(iteration - 1)
     partial = directory.with_name(directory.name + ".partial")
@@ -48,7 +49,11 @@ def generate_pairs(
         partial.mkdir(parents=True, exist_ok=True)
         if settings.fixed_slots:
             on_cpu = ranks.device.type == "cpu"
-            here = {"threads": torch.get_num_threads()} if on_cpu else {"GPU": torch.cuda.get_device_name(ranks.device)}
+            here = (
+                {"threads": torch.get_num_threads()}
+                if on_cpu
+                else {"GPU": torch.cuda.get_device_name(ranks.device)}
+            )
             _same_shapes(partial, {"generate.slots": settings.slots} | here)
         for file in partial.glob("rank*.jsonl"):
             cut_unfinished_line(file)
@@ -77,8 +82,8 @@ def generate_pairs(
         fixed_slots=settings.fixed_slots,
         vocab_limit=tokenizer.vocab_size,
     )
-    # Asked under another template than it trains with, an opponent may begin with a blank that no real response has,
-    # and the policy would learn to see that.
+    # Asked under another template than it trains with, an opponent may begin with a blank that no real
+    # response has, and the policy would learn to see that.
     strip = str.lstrip if settings.template != config.train.template else str
     bar = ranks.progress(len(prompts), "generate", "prompt", len(done))
     tokens, began = 0, time.perf_counter()
@@ -92,7 +97,8 @@ def generate_pairs(
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             tokens += len(response.ids)
-            speed = tokens * ranks.world_size / (time.perf_counter() - began)  # the first rank's pace stands for all
+            # the first rank's pace stands for all
+            speed = tokens * ranks.world_size / (time.perf_counter() - began)
             bar.set_postfix({"tokens/s": f"{speed:.0f}"}, refresh=False)
             bar.update(min(ranks.world_size, len(prompts) - bar.n))
     bar.close()
@@ -102,20 +108,34 @@ def generate_pairs(
     waiting = f"; on average a rank waited {idle:.1%} of that for the slowest" if ranks.world_size > 1 else ""
     log.info(
         "generated %d responses now: %d tokens in %.1f s, %.0f tokens/s%s",
-        len(missing), total, slowest, total / slowest, waiting,
-    )  # fmt: skip
+        len(missing),
+        total,
+        slowest,
+        total / slowest,
+        waiting,
+    )
     about = {"opponent": opponent, "settings": generation_settings(config)}
     lengths = [len(prompt) for prompt in prompts]
     ranks.from_first(lambda: _assemble(partial, directory, examples, lengths, counts, about))
 
 
 def _assemble(
-    partial: Path, directory: Path, examples: Sequence[Example], lengths: Sequence[int], counts: Counter, about: dict
+    partial: Path,
+    directory: Path,
+    examples: Sequence[Example],
+    lengths: Sequence[int],
+    counts: Counter,
+    about: dict,
 ) -> None:
-    """Check that every prompt has its response, write the shards in the order of the prompts, and log a summary."""
-    by_prompt = {row["prompt"]: row for row in reversed(_rows(partial))}  # a survivor of a killed job may write twice
+    """Check that every prompt has its response, write the shards in the order of the prompts, and log a
+    summary.
+    """
+    # a survivor of a killed job may write twice
+    by_prompt = {row["prompt"]: row for row in reversed(_rows(partial))}
     if sorted(by_prompt) != list(range(len(examples))):
-        raise ValueError(f"{partial}: lacks {len(examples) - len(by_prompt)} prompts; run the same command again")
+        raise ValueError(
+            f"{partial}: lacks {len(examples) - len(by_prompt)} prompts; run the same command again"
+        )
     rows = [by_prompt[i] for i in range(len(examples))]
     pairs = [replace(example, generated=row["response"]) for example, row in zip(examples, rows)]
     meta = {
@@ -140,15 +160,22 @@ def _assemble(
     shutil.rmtree(partial)
     log.info("%s: %s", directory, summary(meta))
     for pair in pairs[:SAMPLES_SHOWN]:
-        log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", pair.question, pair.real, pair.generated)
+        log.info(
+            "  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n",
+            pair.question,
+            pair.real,
+            pair.generated,
+        )
 
 
 def verified_pairs(
     directory: Path, data: Data, examples: Sequence[Example] | None = None, about: dict | None = None
 ) -> list[Example]:
-    """The pairs in `directory`: as many as meta.json says, unchanged since, and one for each of `examples` in turn.
+    """The pairs in `directory`: as many as meta.json says, unchanged since, and one for each of `examples` in
+    turn.
 
-    `about` has what meta.json must say of the opponent and the settings. Raises ValueError, naming what is not so.
+    `about` has what meta.json must say of the opponent and the settings. Raises ValueError, naming what is
+    not so.
     """
     remedy = f"remove {directory} to generate anew, or train on pairs of your own with data.pairs"
     meta_file = directory / "meta.json"
@@ -162,7 +189,9 @@ def verified_pairs(
         if key not in meta:
             raise ValueError(f"{meta_file}: does not say which {key} (an older version's?); {remedy}")
         if meta[key] != wanted:
-            raise ValueError(f"{meta_file}: made with another {key} ({meta[key]}) than this run's ({wanted}); {remedy}")
+            raise ValueError(
+                f"{meta_file}: made with another {key} ({meta[key]}) than this run's ({wanted}); {remedy}"
+            )
     for pair, example in zip(pairs, examples or ()):
         if (pair.prompt, pair.real) != (example.prompt, example.real):
             raise ValueError(f"{pair.where}: not the prompt and the response of {example.where}; {remedy}")
@@ -190,14 +219,22 @@ def summary(meta: dict) -> str:
 
 
 def _same_shapes(partial: Path, now: dict) -> None:
-    """Record at the first start what the roundings of fixed slots depend on; refuse to go on under something else."""
+    """Record at the first start what the roundings of fixed slots depend on; refuse to go on under something
+    else.
+    """
     file = partial / "shapes.json"
     if not file.is_file():
         write_whole(file, to_json(now))
     for name, begun in read_json(file).items():
         if name in now and now[name] != begun:
-            hint = "set OMP_NUM_THREADS, which torchrun sets to 1 where it is not set" if name == "threads" else "put it back"
-            raise ValueError(f"{partial}: with fixed slots, begun with {name} = {begun}, now {now[name]}; {hint}")
+            hint = (
+                "set OMP_NUM_THREADS, which torchrun sets to 1 where it is not set"
+                if name == "threads"
+                else "put it back"
+            )
+            raise ValueError(
+                f"{partial}: with fixed slots, begun with {name} = {begun}, now {now[name]}; {hint}"
+            )
 
 
 def _rows(partial: Path) -> list[dict]:
@@ -208,7 +245,9 @@ def _rows(partial: Path) -> list[dict]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not JSON ({error}); delete the line to have it answered anew") from None
+                raise ValueError(
+                    f"{file}:{number}: not JSON ({error}); delete the line to have it answered anew"
+                ) from None
     return rows
 
 
@@ -217,10 +256,9 @@ def _mixed_seed(seed: int, iteration: int) -> int:
     return seed * 1_000_003 + iteration
 
 
-def score(
-    model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk: int, ranks: Ranks
-) -> Tensor:
-    """log p of every response of every item (N, C), fp32, on every rank; all items have the same number of responses.
+def score(model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk: int, ranks: Ranks) -> Tensor:
+    """log p of every response of every item (N, C), fp32, on every rank; all items have the same number of
+    responses.
 
     `model` is sharded like the policy, so that the two compute alike; ranks share the items by cost.
     """
@@ -231,17 +269,25 @@ def score(
         """Places in `items` of each of this rank's micro-batches, and its stream."""
         for start in range(0, len(items), group):
             part = items[start : start + group]
-            lengths, costs = [item.packed_length for item in part], [flops(model.config, item) for item in part]
+            lengths, costs = (
+                [item.packed_length for item in part],
+                [flops(model.config, item) for item in part],
+            )
             for chosen in micro_batches(lengths, costs, ranks.world_size, token_budget)[ranks.rank]:
                 places = [start + i for i in chosen]
                 yield places, pack([items[i] for i in places]).to(ranks.device)
 
-    with torch.no_grad(), ranks.progress(len(items), "score", "pair") as bar, closing(prefetched(packs())) as coming:
+    with (
+        torch.no_grad(),
+        ranks.progress(len(items), "score", "pair") as bar,
+        closing(prefetched(packs())) as coming,
+    ):
         for places, packed in coming:
             logps = response_logps(model, packed, logit_chunk).cpu()
             if places:
                 result[places] = logps.view(len(places), -1)
             bar.update(min(len(places) * ranks.world_size, len(items) - bar.n))
         bar.update(len(items) - bar.n)
-    model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
+    # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
+    model.reshard()
     return ranks.sum_tensor(result)

@@ -15,16 +15,22 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 class RMSprop(torch.optim.Optimizer):
     """v ← α v + (1 − α) g²,  θ ← θ − lr · g / (√v + ε): torch.optim.RMSprop without momentum or weight decay.
 
-    The second moment v may be kept in bfloat16, for half of its memory. Its neighbours there are up to 2^-7 apart
-    (relative) and a step moves v by some hundredths at most: to the nearest, a small change would be rounded away every
-    time, and v would stay where it is. So it is rounded up or down at random, in proportion to the distance: then the
-    kept value's expectation is v's. What is left is noise of at most 2^-8 a step, forgotten at the rate 1 − α like the
-    gradients' own, hence of 2^-8 / √(1 − α²) = 2.8% in v and 1.4% in the length of a step at the most. The random bits
-    depend on the group's "step" and the parameter's place.
+    The second moment v may be kept in bfloat16, for half of its memory. Its neighbours there are up to 2^-7
+    apart (relative) and a step moves v by some hundredths at most: to the nearest, a small change would be
+    rounded away every time, and v would stay where it is. So it is rounded up or down at random, in
+    proportion to the distance: then the kept value's expectation is v's. What is left is noise of at most
+    2^-8 a step, forgotten at the rate 1 − α like the gradients' own, hence of 2^-8 / √(1 − α²) = 2.8% in v
+    and 1.4% in the length of a step at the most. The random bits depend on the group's "step" and the
+    parameter's place.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, alpha: float = 0.99, eps: float = 1e-8, second_moment=torch.float32
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        second_moment=torch.float32,
     ):
         super().__init__(parameters, dict(lr=lr, alpha=alpha, eps=eps, step=0))
         self.second_moment = second_moment
@@ -48,7 +54,9 @@ class RMSprop(torch.optim.Optimizer):
                 flat = (local(tensor).view(-1) for tensor in (parameter, parameter.grad, state["square_avg"]))
                 generator = None
                 if self.second_moment != torch.float32:
-                    generator = torch.Generator(parameter.device).manual_seed(group["step"] * 1_000_003 + place)
+                    generator = torch.Generator(parameter.device).manual_seed(
+                        group["step"] * 1_000_003 + place
+                    )
                 for p, g, v in zip(*(tensor.split(self.chunk) for tensor in flat)):
                     exact = v if v.dtype == torch.float32 else v.float()
                     exact.mul_(alpha).addcmul_(g, g, value=1 - alpha)
@@ -58,7 +66,7 @@ class RMSprop(torch.optim.Optimizer):
 
 
 def randomly_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x, fp32, to a bfloat16 neighbour, each with a probability that makes the expectation x. Overwrites x."""
+    """Round x, fp32, to a bfloat16 neighbour at random, with expectation x. Overwrites x."""
     bits = x.view(torch.int32)  # bfloat16 is the upper half of fp32's bits
     bits += torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits &= -(1 << 16)

@@ -1,8 +1,8 @@
 """Prompts with their responses → one packed stream of tokens.
 
 The prompt stands once, its responses after it: [x][y][y']. Every response sees the prompt and itself
-(arXiv 2410.20305 calls this prefix sharing). Not only pairs: SFT packs one response, a multiple-choice question
-packs its choices.
+(arXiv 2410.20305 calls this prefix sharing). Not only pairs: SFT packs one response, a multiple-choice
+question packs its choices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,9 @@ from model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and its responses as ids, each of at least one; a response ends with end-of-sequence unless it was cut."""
+    """A prompt and its responses as ids, each of at least one; a response ends with end-of-sequence unless it
+    was cut.
+    """
 
     prompt: list[int]
     responses: tuple[list[int], ...]
@@ -44,19 +46,27 @@ class Packed:
 
     def to(self, device) -> "Packed":
         names = ("tokens", "positions", "at", "targets", "lengths")
-        return Packed(segments=self.segments.to(device), **{name: moved(getattr(self, name), device) for name in names})
+        return Packed(
+            segments=self.segments.to(device), **{name: moved(getattr(self, name), device) for name in names}
+        )
 
 
 def pack(items: Sequence[Item]) -> Packed:
     """Lay items one after the other. No items give a stream of one token in which nothing is predicted.
 
-    A response's last token is predicted and predicts nothing, so it is not in the stream: an item of prompt x and
-    responses y, y' takes len(x) + len(y) - 1 + len(y') - 1 tokens.
+    A response's last token is predicted and predicts nothing, so it is not in the stream: an item of prompt x
+    and responses y, y' takes len(x) + len(y) - 1 + len(y') - 1 tokens.
     """
     if not items:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Packed(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), Segments.causal([1]),
-                      empty, empty, empty)  # fmt: skip
+        return Packed(
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            Segments.causal([1]),
+            empty,
+            empty,
+            empty,
+        )
     tokens: list[int] = []
     positions: list[int] = []
     q_lengths: list[int] = []
@@ -76,20 +86,30 @@ def pack(items: Sequence[Item]) -> Packed:
             at += [start + prompt - 1, *range(first, first + length)]
             targets += response
             lengths.append(len(response))
-            if i == 0 or length:  # the first response shares the prompt's segment; one of a single token has none
+            # the first response shares the prompt's segment; one of a single token has none
+            if i == 0 or length:
                 q_lengths.append(prompt + length if i == 0 else length)
                 k_lengths.append(prompt + length)
                 key_index += [*range(start, start + prompt), *range(first, first + length)]
     segments = Segments([0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)], torch.tensor(key_index))
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+
+    def as_tensor(values):
+        return torch.tensor(values, dtype=torch.int64)
+
     return Packed(
-        as_tensor(tokens), as_tensor(positions), segments, as_tensor(at), as_tensor(targets), as_tensor(lengths)
+        as_tensor(tokens),
+        as_tensor(positions),
+        segments,
+        as_tensor(at),
+        as_tensor(targets),
+        as_tensor(lengths),
     )
 
 
 def flops(architecture: ModelConfig, item: Item) -> int:
-    """Floating-point operations that a forward pass over an item needs, two for a multiply-add: the matrices for each
-    token, attention for what each token sees, the head where something is predicted. A backward pass needs twice as many.
+    """Floating-point operations that a forward pass over an item needs, two for a multiply-add: the matrices
+    for each token, attention for what each token sees, the head where something is predicted. A backward pass
+    needs twice as many.
     """
     c, prompt = architecture, len(item.prompt)
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -102,7 +122,9 @@ def flops(architecture: ModelConfig, item: Item) -> int:
 
 
 def _seen(first: int, last: int, window: int | None) -> int:
-    """Keys that the tokens at positions first .. last - 1 see, all together: position i sees min(i + 1, window)."""
+    """Keys that the tokens at positions first .. last - 1 see, all together: position i sees min(i + 1,
+    window).
+    """
     full = last if window is None else min(last, max(first, window))  # those that see all before them
     return (full * (full + 1) - first * (first + 1)) // 2 + (last - full) * (window or 0)
 
@@ -110,11 +132,13 @@ def _seen(first: int, last: int, window: int | None) -> int:
 def micro_batches(
     lengths: Sequence[int], costs: Sequence[float], world_size: int, token_budget: int
 ) -> list[list[list[int]]]:
-    """Split a step's items over ranks by cost, then each rank's into micro-batches of at most `token_budget` tokens.
+    """Split a step's items over ranks by cost, then each rank's into micro-batches of at most `token_budget`
+    tokens.
 
-    Returns, for each rank, its micro-batches as lists of places in `lengths`: every place once, the same number of
-    micro-batches on every rank (collectives pair up), some empty where there is too little to do. An item longer
-    than the budget gets a micro-batch of its own. A fixed function of its arguments, so ranks agree without talking.
+    Returns, for each rank, its micro-batches as lists of places in `lengths`: every place once, the same
+    number of micro-batches on every rank (collectives pair up), some empty where there is too little to do.
+    An item longer than the budget gets a micro-batch of its own. A fixed function of its arguments, so ranks
+    agree without talking.
     """
     shares: list[list[int]] = [[] for _ in range(world_size)]
     load = [0.0] * world_size

@@ -1,10 +1,12 @@
-"""What an iteration needs, before one pays for it: memory of each GPU, token budget and slots that fit, FLOPs, hours.
+"""What an iteration needs, before one pays for it: memory of each GPU, token budget and slots that fit,
+FLOPs, hours.
 
     python -m spin.plan --config configs/zephyr-7b.toml --gpus 8 --memory 80
 
-No GPU and no weights are needed: the model, its sharding, a training step and the optimizer run as they are, in a process
-group that pretends to have all ranks, on tensors that have shapes and no values. What is allocated on the way is counted.
-Not seen, and left to --reserve: the CUDA context, NCCL's and the kernels' own buffers, fragmentation.
+No GPU and no weights are needed: the model, its sharding, a training step and the optimizer run as they are,
+in a process group that pretends to have all ranks, on tensors that have shapes and no values. What is
+allocated on the way is counted. Not seen, and left to --reserve: the CUDA context, NCCL's and the kernels'
+own buffers, fragmentation.
 """
 
 import sys
@@ -36,15 +38,22 @@ from spin.trainer import alike, backward, spin_step
 
 GIB = 2**30
 MEMORIES = {"H200": 139, "L40S": 44, "RTX 4090": 24}  # GiB, of those that have not 80
-BANDWIDTHS = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.86e12, "RTX 4090": 1.01e12}
+BANDWIDTHS = {
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100": 3.35e12,
+    "A100": 2.04e12,
+    "L40S": 0.86e12,
+    "RTX 4090": 1.01e12,
+}
 KINDS = ("parameters", "gradients", "optimizer", "gathered parameters", "activations", "other")
 
 
 class Memory(TorchDispatchMode):
     """The size of every storage that operators return, from its birth to its death.
 
-    What a storage was for is said where it is known, at the latest at the end (gradients, the optimizer's state); what
-    lives when a backward pass begins, and has no name yet, is activations.
+    What a storage was for is said where it is known, at the latest at the end (gradients, the optimizer's
+    state); what lives when a backward pass begins, and has no name yet, is activations.
     """
 
     def __init__(self):
@@ -123,7 +132,9 @@ class Memory(TorchDispatchMode):
 
 @contextmanager
 def norms_of_a_gpu():
-    """On a CPU a norm is many operators, each with a result to keep; on a GPU one. Here it is one without values."""
+    """On a CPU a norm is many operators, each with a result to keep; on a GPU one. Here it is one without
+    values.
+    """
     library = torch.library.Library("aten", "IMPL")
     library.impl("_fused_rms_norm", lambda *_: None, "CPU")
     try:
@@ -133,18 +144,23 @@ def norms_of_a_gpu():
 
 
 class Plan:
-    """A recipe's sharded model and optimizer without values, on the first of a process group's pretended ranks."""
+    """A recipe's sharded model and optimizer without values, on the first of a process group's pretended
+    ranks.
+    """
 
     def __init__(self, config: Config, architecture: ModelConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
         with FakeTensorMode() as self.mode:
             part = config.train
-            self.model = sharded_model(architecture, ranks, getattr(torch, part.dtype), part.activation_checkpointing)
+            self.model = sharded_model(
+                architecture, ranks, getattr(torch, part.dtype), part.activation_checkpointing
+            )
             self.model.backend = lambda x: "torch-flash"  # a GPU's; flash-attn allocates alike
             self.parameters = list(self.model.parameters())
             self.optimizer = make_optimizer(part, self.parameters)
             self.optimizer.chunk = CHUNK["cuda"]
-            with norms_of_a_gpu(), Memory() as memory:  # the optimizer's state is made, and DTensor learns the shapes
+            # the optimizer's state is made, and DTensor learns the shapes
+            with norms_of_a_gpu(), Memory() as memory:
                 self._step(memory, filling(64, config))
 
     def train(self, budget: int) -> dict[str, int]:
@@ -162,14 +178,17 @@ class Plan:
         return memory.peak()
 
     def largest_budget(self, free: float) -> int:
-        """The largest token budget, in steps of 1,024 up to 65,536, of which a training step fits in `free` bytes; or 0.
+        """The largest token budget, in steps of 1,024 up to 65,536, of which a training step fits in `free`
+        bytes; or 0.
 
-        Found by a line through two budgets and run itself; while it does not fit, by a line through the first and it.
+        Found by a line through two budgets and run itself; while it does not fit, by a line through the first
+        and it.
         """
         first, second = 1024, 4096
         least, memory = (sum(self.train(budget).values()) for budget in (first, second))
         while least <= free:
-            slope = max((memory - least) / (second - first), 1.0)  # what a small model's optimizer takes may hide the rest
+            # what a small model's optimizer takes may hide the rest
+            slope = max((memory - least) / (second - first), 1.0)
             budget = min(int((free - least) / slope + first) // 1024 * 1024, 65536)
             memory, second = sum(self.train(budget).values()), budget
             if memory <= free or budget == first:
@@ -185,12 +204,15 @@ class Plan:
         memory.name("parameters", self.parameters)
         memory.name("optimizer", _tensors(self.optimizer))
         for last in (False, True):
-            loss, _ = spin_step(part, self._logps(items), torch.zeros(len(items), 2), alike(items), 2 * len(items))
+            loss, _ = spin_step(
+                part, self._logps(items), torch.zeros(len(items), 2), alike(items), 2 * len(items)
+            )
             memory.name("gradients", [weight.grad for weight in self.parameters if weight.grad is not None])
             memory.name_rest("activations")
             backward(part, self.model, loss, self.ranks, last)
         memory.name("gradients", [weight.grad for weight in self.parameters])
-        # Clipping is left out: it takes next to nothing, while DTensor (torch 2.11) imagines whole gradients for it.
+        # Clipping is left out: it takes next to nothing, while DTensor (torch 2.11) imagines whole gradients
+        # for it.
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -206,24 +228,34 @@ def filling(budget: int, config: Config) -> list[Item]:
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    ]
 
 
 def report(
-    config: Config, architecture: ModelConfig, gpus: int, memory: float, reserve: float, gpu: str, share: float,
-    pairs: int, lengths: tuple[int, int, int],
-) -> str:  # fmt: skip
-    """The plan in words. memory, reserve: GiB of each GPU; share: of its peak that is reached; lengths: tokens of prompt,
-    real and generated response."""
+    config: Config,
+    architecture: ModelConfig,
+    gpus: int,
+    memory: float,
+    reserve: float,
+    gpu: str,
+    share: float,
+    pairs: int,
+    lengths: tuple[int, int, int],
+) -> str:
+    """The plan in words. memory, reserve: GiB of each GPU; share: of its peak that is reached; lengths:
+    tokens of prompt, real and generated response.
+    """
     with pretended_ranks(gpus, config.run.shard_size) as ranks:
         free = (memory - reserve) * GIB
         with torch.device("meta"):
             model = Mistral(architecture)
         count = sum(weight.numel() for weight in model.parameters())
         lines = [
-            f"{count / 1e9:.2f}e9 parameters, {pairs} pairs of {lengths[0]} + {lengths[1]} + {lengths[2]} tokens (prompt, "
-            f"real, generated), {gpus} x {memory:g} GiB ({reserve:g} kept back), at {share:.0%} of {PEAKS[gpu] / 1e12:.0f} "
-            f"TFLOP/s ({gpu})",
+            f"{count / 1e9:.2f}e9 parameters, {pairs} pairs of {lengths[0]} + {lengths[1]} + {lengths[2]} "
+            f"tokens (prompt, real, generated), {gpus} x {memory:g} GiB ({reserve:g} kept back), at "
+            f"{share:.0%} of {PEAKS[gpu] / 1e12:.0f} TFLOP/s ({gpu})",
             "",
             *_generate(config, architecture, count, gpus, free, gpu, share, pairs, lengths),
         ]
@@ -249,37 +281,57 @@ def report(
         ]
         budget = plan.largest_budget(free)
         if budget:
-            lines += [f"            largest token_budget that fits: {budget}" + " or more" * (budget == 65536)]
+            lines += [
+                f"            largest token_budget that fits: {budget}" + " or more" * (budget == 65536)
+            ]
         else:
             helps = ["more GPUs to share the parameters"]
-            helps += ['train.activation_checkpointing = "full"'] * (config.train.activation_checkpointing != "full")
+            helps += ['train.activation_checkpointing = "full"'] * (
+                config.train.activation_checkpointing != "full"
+            )
             helps += ['train.second_moment = "bfloat16"'] * (state_bytes(config.train) == 4)
             lines += [f"            no token_budget fits; what takes less: {', '.join(helps)}"]
         shards = config.run.shard_size or gpus
         state = (4 + state_bytes(config.train)) * count
-        gathered = 0 if shards == 1 else 2 * getattr(torch, config.train.dtype).itemsize * count  # forward and backward
+        # forward and backward
+        gathered = 0 if shards == 1 else 2 * getattr(torch, config.train.dtype).itemsize * count
         lines += [
-            f"            {useful:.2e} FLOPs, {_hours(useful / rate)} for {trained} pairs, {config.train.epochs:g} epochs",
+            f"            {useful:.2e} FLOPs, {_hours(useful / rate)} for {trained} pairs, "
+            f"{config.train.epochs:g} epochs",
             f"            a step of {config.train.batch_size} pairs gives each GPU "
-            f"{config.train.batch_size * item.packed_length / gpus:.0f} tokens; a larger token_budget is not used",
-            f"            each micro-batch gathers {_gib(gathered)} and reduces {_gib(4 * count if gpus > 1 else 0)}",
-            f"            a checkpoint being written takes {_gib(state / shards)} of the host's memory for each GPU",
-            f"export    {_gib(max(weight.numel() for weight in model.parameters()) * 6)} beside the parameters; "
-            f"{2 * count / 1e9:.1f} GB of files",
+            f"{config.train.batch_size * item.packed_length / gpus:.0f} tokens; a larger token_budget is "
+            "not used",
+            f"            each micro-batch gathers {_gib(gathered)} and reduces "
+            f"{_gib(4 * count if gpus > 1 else 0)}",
+            f"            a checkpoint being written takes {_gib(state / shards)} of the host's memory for "
+            "each GPU",
+            f"export    {_gib(max(weight.numel() for weight in model.parameters()) * 6)} beside the "
+            f"parameters; {2 * count / 1e9:.1f} GB of files",
         ]
     return "\n".join(lines) + "\n"
 
 
 def _generate(
-    config: Config, architecture: ModelConfig, count: int, gpus: int, free: float, gpu: str, share: float, pairs: int,
+    config: Config,
+    architecture: ModelConfig,
+    count: int,
+    gpus: int,
+    free: float,
+    gpu: str,
+    share: float,
+    pairs: int,
     lengths: tuple[int, int, int],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """A whole bf16 replica on each GPU, and its cache in what is left."""
     dtype = getattr(torch, config.generate.dtype)
     weights = count * dtype.itemsize
-    slot = KVCache.bytes_per_slot(architecture, config.data.max_prompt_length + config.generate.max_new_tokens, dtype)
+    slot = KVCache.bytes_per_slot(
+        architecture, config.data.max_prompt_length + config.generate.max_new_tokens, dtype
+    )
     if weights + slot > free:
-        return [f"generate  {_gib(weights)} of weights on each GPU DO NOT FIT: every GPU has a replica of its own"]
+        return [
+            f"generate  {_gib(weights)} of weights on each GPU DO NOT FIT: every GPU has a replica of its own"
+        ]
     most = min(int((free - weights) * CACHE_SHARE / slot), MOST_SLOTS["cuda"])
     slots = min(config.generate.slots, most) if config.generate.slots else most
     prompt, _, generated = lengths
@@ -306,16 +358,28 @@ def _hours(seconds: float) -> str:
 
 def main() -> None:
     parser = cli.parser(__doc__.splitlines()[0])
-    parser.add_argument("--iter", type=int, default=0, help="the iteration whose settings are taken (default: 0)")
-    parser.add_argument("--architecture", type=Path, help="config.json; default: the base model's, else <recipe>.json")
+    parser.add_argument(
+        "--iter", type=int, default=0, help="the iteration whose settings are taken (default: 0)"
+    )
+    parser.add_argument(
+        "--architecture", type=Path, help="config.json; default: the base model's, else <recipe>.json"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
     parser.add_argument("--memory", type=float, help="GiB of each (default: --gpu's)")
-    parser.add_argument("--reserve", type=float, default=4, help="GiB kept back for what is not seen here (default: 4)")
-    parser.add_argument("--gpu", default="H100", choices=list(PEAKS), help="whose peak and bandwidth (default: H100)")
+    parser.add_argument(
+        "--reserve", type=float, default=4, help="GiB kept back for what is not seen here (default: 4)"
+    )
+    parser.add_argument(
+        "--gpu", default="H100", choices=list(PEAKS), help="whose peak and bandwidth (default: H100)"
+    )
     parser.add_argument("--share", type=float, default=0.4, help="of the peak that is reached (default: 0.4)")
     parser.add_argument("--pairs", type=int, help="of one iteration (default: data.num_prompts)")
-    parser.add_argument("--lengths", default="260,280,180", help="mean tokens of prompt, real and generated response "
-                        "(default: %(default)s, about UltraChat's under these limits)")  # fmt: skip
+    parser.add_argument(
+        "--lengths",
+        default="260,280,180",
+        help="mean tokens of prompt, real and generated response "
+        "(default: %(default)s, about UltraChat's under these limits)",
+    )
     with cli.errors_in_words():
         arguments, recipe = cli.parse(parser)
         config = recipe.at(arguments.iter)
@@ -328,7 +392,15 @@ def main() -> None:
             raise ValueError("--lengths takes three numbers, --gpus one of at least 1, --share one in (0, 1]")
         memory = arguments.memory or MEMORIES.get(arguments.gpu, 80)
         text = report(
-            config, architecture, arguments.gpus, memory, arguments.reserve, arguments.gpu, arguments.share, pairs, lengths
+            config,
+            architecture,
+            arguments.gpus,
+            memory,
+            arguments.reserve,
+            arguments.gpu,
+            arguments.share,
+            pairs,
+            lengths,
         )
         sys.stdout.write(text)
 
@@ -341,7 +413,9 @@ def _architecture(given: Path | None, config: Config, recipe: Path) -> ModelConf
             return ModelConfig.from_pretrained(path)
         if path.is_file():
             return ModelConfig.from_dict(read_json(path), str(path))
-    raise FileNotFoundError(f"{given or beside}: no such file; --architecture takes a config.json or a model's directory")
+    raise FileNotFoundError(
+        f"{given or beside}: no such file; --architecture takes a config.json or a model's directory"
+    )
 
 
 if __name__ == "__main__":

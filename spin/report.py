@@ -33,7 +33,8 @@ METRICS = {
 def write_report(run: Path, show: Sequence[str] = ()) -> Path:
     """Write <run>/report.md and its figures; returns the report's path.
 
-    `show`: texts; prompts that contain one of them are shown with what each opponent wrote. Raises ValueError if none does.
+    `show`: texts; prompts that contain one of them are shown with what each opponent wrote. Raises ValueError
+    if none does.
     """
     parts = [f"# {run}\n", *section(run)]
     if any(evaluations(run)):
@@ -42,7 +43,11 @@ def write_report(run: Path, show: Sequence[str] = ()) -> Path:
         parts.append(f"Means over {documents} held-out prompts, with standard errors.\n")
         parts.append(f"![accuracy by iteration]({plot_accuracy(run).name})\n")
     if any(metrics(run)):
-        parts += ["## Training\n", training_table(run) + "\n", f"![training curves]({plot_training(run).name})\n"]
+        parts += [
+            "## Training\n",
+            training_table(run) + "\n",
+            f"![training curves]({plot_training(run).name})\n",
+        ]
     if any(evaluations(run)):
         parts += ["## What each iteration answers\n", answers(run) + "\n"]
     if any(generated(run)):
@@ -84,7 +89,9 @@ def metrics(run: Path) -> dict[str, list[dict]]:
 
 
 def table(run: Path) -> str:
-    """Markdown: a row for each model, the control's after them. The base is the SFT model that SPIN starts from."""
+    """Markdown: a row for each model, the control's after them. The base is the SFT model that SPIN starts
+    from.
+    """
     rows = [["model", *METRICS.values()]]
     for prefix, directory in (("", run), ("control, SFT: ", run / "control")):
         for name, values in evaluations(directory).items():
@@ -96,7 +103,18 @@ def table(run: Path) -> str:
 
 def training_table(run: Path) -> str:
     """Markdown: first and last loss, and the last tenth's means, of each iteration."""
-    rows = [["iteration", "steps", "loss at step 1", "loss", "accuracy", "margin", "reward real", "reward generated"]]
+    rows = [
+        [
+            "iteration",
+            "steps",
+            "loss at step 1",
+            "loss",
+            "accuracy",
+            "margin",
+            "reward real",
+            "reward generated",
+        ]
+    ]
     for name, steps in metrics(run).items():
         last = steps[-max(1, len(steps) // 10) :]
         keys = ("loss", "accuracy", "margin", "reward_real", "reward_generated")
@@ -121,7 +139,9 @@ def answers(run: Path) -> str:
 
 
 def generated(run: Path) -> dict[str, dict[str, str]]:
-    """{model: {prompt: its response}} of the opponents whose pairs are there, with the real responses as "data"."""
+    """{model: {prompt: its response}} of the opponents whose pairs are there, with the real responses as
+    "data".
+    """
     found: dict[str, dict[str, str]] = {}
     opponent = "base"
     for name, directory in models(run).items():
@@ -142,13 +162,18 @@ def samples(run: Path, show: Sequence[str] = ()) -> str:
     texts = generated(run)
     opponents = [name for name in texts if name != "data"]
     common = [prompt for prompt in texts["data"] if all(prompt in texts[name] for name in opponents)]
-    chosen = [prompt for text in show for prompt in common if text in prompt] if show else common[:SHOWN_SAMPLES]
+    chosen = (
+        [prompt for text in show for prompt in common if text in prompt] if show else common[:SHOWN_SAMPLES]
+    )
     for text in show:
         if not any(text in prompt for prompt in common):
             raise ValueError(f"{run}: no prompt that every opponent answered contains {text!r}")
     lines = []
     for prompt in chosen[: max(SHOWN_SAMPLES, len(show))]:
-        lines += [f"**Prompt.** {marked(prompt, prompt)}\n", f"*data:* {marked(texts['data'][prompt], texts['data'][prompt])}\n"]
+        lines += [
+            f"**Prompt.** {marked(prompt, prompt)}\n",
+            f"*data:* {marked(texts['data'][prompt], texts['data'][prompt])}\n",
+        ]
         before = texts["data"][prompt]
         for name in opponents:
             lines.append(f"*{shown(name)}:* {marked(before, texts[name][prompt])}\n")
@@ -217,9 +242,19 @@ def plot_training(run: Path) -> Path:
                 at = range(start + 1, start + len(values) + 1)
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
                 axes.plot(at, _smooth(values), color=color, linestyle=style, label=None if start else label)
-                aside = [(start + step["step"], step[f"heldout_{key}"]) for step in steps if f"heldout_{key}" in step]
+                aside = [
+                    (start + step["step"], step[f"heldout_{key}"])
+                    for step in steps
+                    if f"heldout_{key}" in step
+                ]
                 if aside:
-                    axes.plot(*zip(*aside), color=ORANGE, marker="o", markersize=3, label=None if start else "held out")
+                    axes.plot(
+                        *zip(*aside),
+                        color=ORANGE,
+                        marker="o",
+                        markersize=3,
+                        label=None if start else "held out",
+                    )
             axes.axvline(start + 0.5, color=GREY, linewidth=0.8, linestyle=":")
             if "loss" in curves:
                 label = name.removeprefix("iteration ")
@@ -259,7 +294,9 @@ def _marked(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write <run>/report.md and its figures from what is there.")
     parser.add_argument("run", type=Path, help="a run's directory, also of one at work")
-    parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="show the prompts that contain this")
+    parser.add_argument(
+        "--show", action="append", default=[], metavar="TEXT", help="show the prompts that contain this"
+    )
     with cli.errors_in_words():
         options = parser.parse_args()
         logging.getLogger("spin").info("%s", asked_report(options.run, options.show))

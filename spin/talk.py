@@ -28,7 +28,9 @@ class Speaker:
     def answer(self, question: str) -> Iterator[str]:
         """The answer's text, piece by piece. Each question stands alone, as in the training data."""
         settings = self.config.generate
-        prompt = self.tokenizer.encode_prompt([{"role": "user", "content": question}], self.config.train.template)
+        prompt = self.tokenizer.encode_prompt(
+            [{"role": "user", "content": question}], self.config.train.template
+        )
         if not prompt:
             raise ValueError(f"the prompt has no token under the template {self.config.train.template}")
         tokens = generate_tokens(
@@ -57,7 +59,9 @@ class Speaker:
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Texts in columns under their names, in lines of at most `width` characters; one below the other if that is tight."""
+    """Texts in columns under their names, in lines of at most `width` characters; one below the other if that
+    is tight.
+    """
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if column < NARROWEST:
         return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in texts.items())

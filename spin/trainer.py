@@ -22,29 +22,42 @@ from spin.metrics import Log, peak_flops
 from spin.optimizer import make_optimizer
 from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched
 
-# At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In bf16, in
-# other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs differ far more.
+# At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In
+# bf16, in other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs
+# differ far more.
 FIRST_STEP_TOLERANCE = 0.02  # mean |log p_θ − log p_θt|, nats a token
 
 # What spin_step returns, as means over a step's pairs; the last is how far policy and opponent are apart.
 METRICS = (
-    "loss", "accuracy", "margin", "reward_real", "reward_generated", "logps_real", "logps_generated", "drift",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    "margin",
+    "reward_real",
+    "reward_generated",
+    "logps_real",
+    "logps_generated",
+    "drift",
+)
 HELD_OUT = ("loss", "accuracy", "margin")  # measured on examples kept aside; for SFT the first
 
 
 class Schedule:
-    """Steps, their examples and their learning rates: fixed functions of the settings, on any number of ranks."""
+    """Steps, their examples and their learning rates: fixed functions of the settings, on any number of
+    ranks.
+    """
 
     def __init__(self, part: Optimization, examples: int):
         self.part, self.examples = part, examples
-        self.steps_per_epoch = math.ceil(examples / part.batch_size)  # the last step of an epoch may be smaller
+        # the last step of an epoch may be smaller
+        self.steps_per_epoch = math.ceil(examples / part.batch_size)
         self.stop = _ceil(part.epochs * self.steps_per_epoch)
         self.total = _ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
         self.warmup = min(_ceil(part.warmup * self.total), self.total - 1)  # a run of one step takes it
 
     def lr(self, step: int) -> float:
-        """Learning rate of step 0, 1, …: linear warm-up from 0, then linear decay to 0, as transformers has it."""
+        """Learning rate of step 0, 1, …: linear warm-up from 0, then linear decay to 0, as transformers has
+        it.
+        """
         if step < self.warmup:
             return self.part.lr * step / self.warmup
         return self.part.lr * max(0.0, (self.total - step) / max(1, self.total - self.warmup))
@@ -80,10 +93,11 @@ def train(
         opponent: (len(items), 2) log p_θt of the real and the generated response, fp32
         directory: where checkpoints/ and metrics.jsonl are
 
-    Leaves a checkpoint of the last step. A run that was stopped goes on to the numbers that it would have had, if ranks
-    and token budget are the same; with others, up to rounding. Raises RuntimeError, before the optimizer's step, for a
-    loss or gradient that is not finite, and for a first step at which policy and opponent are not one model; OSError for
-    a checkpoint that cannot be written; Stopped after SIGTERM or Ctrl-C, once a checkpoint is there.
+    Leaves a checkpoint of the last step. A run that was stopped goes on to the numbers that it would have
+    had, if ranks and token budget are the same; with others, up to rounding. Raises RuntimeError, before the
+    optimizer's step, for a loss or gradient that is not finite, and for a first step at which policy and
+    opponent are not one model; OSError for a checkpoint that cannot be written; Stopped after SIGTERM or
+    Ctrl-C, once a checkpoint is there.
     """
     examples = Examples(part, model, items, opponent, ranks)
     schedule = Schedule(part, len(examples.used))
@@ -94,7 +108,9 @@ def train(
     with (
         Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as log,
         ranks.progress(schedule.stop, "train", "step", start) as bar,
-        closing(prefetched(examples.load(chosen) for batch in steps for chosen in examples.share(batch))) as packs,
+        closing(
+            prefetched(examples.load(chosen) for batch in steps for chosen in examples.share(batch))
+        ) as packs,
         asked_to_stop() as stop,
     ):
         for step, batch in enumerate(steps, start):
@@ -114,8 +130,9 @@ def train(
                 bad = ranks.gather([i for chosen, logps in seen for i in not_finite(chosen, logps)])
                 bad = sorted(i for of_rank in bad for i in of_rank)
                 raise RuntimeError(
-                    f"step {step + 1}: loss {means['loss']}, gradient norm {norm}: not finite, so no step is taken. "
-                    f"{_named(bad or batch, items)}: {'log-probabilities that are not finite' if bad else 'this step'}. "
+                    f"step {step + 1}: loss {means['loss']}, gradient norm {norm}: not finite, so no step "
+                    f"is taken. {_named(bad or batch, items)}: "
+                    f"{'log-probabilities that are not finite' if bad else 'this step'}. "
                     "A lower lr or beta may help; the last checkpoint is intact"
                 )
             if step == 0 and opponent is not None:
@@ -129,7 +146,9 @@ def train(
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch, "loss": means["loss"]}
             if opponent is not None:
                 metrics |= {name: means[name] for name in METRICS[1:-1]}
-            metrics |= {"grad_norm": norm, "lr": schedule.lr(step)} | examples.speed(batch, time.perf_counter() - began)
+            metrics |= {"grad_norm": norm, "lr": schedule.lr(step)} | examples.speed(
+                batch, time.perf_counter() - began
+            )
             if examples.aside and (done % part.heldout_every == 0 or done == schedule.stop):
                 metrics |= examples.held_out()
             if log:
@@ -141,14 +160,20 @@ def train(
                 checkpoints.save(done)
             if stopping:
                 checkpoints.wait()
-                raise Stopped(f"stopped after step {done} of {schedule.stop}; the same command goes on from there")
+                raise Stopped(
+                    f"stopped after step {done} of {schedule.stop}; the same command goes on from there"
+                )
     checkpoints.wait()
 
 
 class Examples:
-    """What is trained on and what is kept aside, split over the ranks, on its way to the device and through the model."""
+    """What is trained on and what is kept aside, split over the ranks, on its way to the device and through
+    the model.
+    """
 
-    def __init__(self, part: Optimization, model: Mistral, items: Sequence[Item], opponent: Tensor | None, ranks: Ranks):
+    def __init__(
+        self, part: Optimization, model: Mistral, items: Sequence[Item], opponent: Tensor | None, ranks: Ranks
+    ):
         self.part, self.model, self.items, self.opponent, self.ranks = part, model, items, opponent, ranks
         self.aside = kept_aside(part, len(items))
         self.used = sorted(set(range(len(items))) - set(self.aside))
@@ -169,7 +194,9 @@ class Examples:
         return pack(items).to(device), moved(self.opponent[chosen], device), moved(alike(items), device)
 
     def forward(self, packed: Packed, opponent: Tensor | None, same: Tensor | None, batch: Sequence[int]):
-        """Log-probabilities of a micro-batch (C,), and its share of the loss and the metrics of a step's examples."""
+        """Log-probabilities of a micro-batch (C,), and its share of the loss and the metrics of a step's
+        examples.
+        """
         logps = response_logps(self.model, packed, self.part.logit_chunk)
         if opponent is None:
             loss = -logps.sum() / self.response_tokens(batch)
@@ -185,15 +212,23 @@ class Examples:
             sums[: len(stats)] += torch.stack(stats).double()
         self.model.reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
         means = dict(zip(METRICS, self.ranks.sum(sums.tolist())))
-        return {f"heldout_{name}": means[name] for name in (HELD_OUT if self.opponent is not None else HELD_OUT[:1])}
+        return {
+            f"heldout_{name}": means[name]
+            for name in (HELD_OUT if self.opponent is not None else HELD_OUT[:1])
+        }
 
     def response_tokens(self, batch: Sequence[int]) -> int:
         return sum(len(response) for i in batch for response in self.items[i].responses)
 
     def speed(self, batch: Sequence[int], seconds: float) -> dict[str, float]:
-        """Of a step over all ranks; memory of the rank that takes most. On a GPU, useful FLOPs as a share of its peak."""
+        """Of a step over all ranks; memory of the rank that takes most. On a GPU, useful FLOPs as a share of
+        its peak.
+        """
         name = "examples_per_second" if self.opponent is None else "pairs_per_second"
-        result = {"tokens_per_second": sum(self.lengths[i] for i in batch) / seconds, name: len(batch) / seconds}
+        result = {
+            "tokens_per_second": sum(self.lengths[i] for i in batch) / seconds,
+            name: len(batch) / seconds,
+        }
         result["memory_gb"] = self.ranks.max([self.ranks.peak_memory() / 1e9])[0]
         if peak := peak_flops(self.ranks.device):
             useful = 3 * sum(self.flops[i] for i in batch)  # the backward pass takes twice the forward's
@@ -206,7 +241,9 @@ def kept_aside(part: Optimization, examples: int) -> list[int]:
     if not part.heldout_pairs:
         return []
     if part.heldout_pairs >= examples:
-        raise ValueError(f"heldout_pairs = {part.heldout_pairs} leaves nothing to train on, of {examples} examples")
+        raise ValueError(
+            f"heldout_pairs = {part.heldout_pairs} leaves nothing to train on, of {examples} examples"
+        )
     generator = torch.Generator().manual_seed(part.seed)
     return sorted(torch.randperm(examples, generator=generator)[: part.heldout_pairs].tolist())
 
@@ -217,8 +254,10 @@ class Stopped(Exception):
 
 @contextmanager
 def asked_to_stop():
-    """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it meanwhile, however many:
-    torchrun hands on each that it gets. One that is ignored (a script's background job ignores SIGINT) stays so."""
+    """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it
+    meanwhile, however many: torchrun hands on each that it gets. One that is ignored (a script's background
+    job ignores SIGINT) stays so.
+    """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
@@ -243,13 +282,13 @@ def _named(indices: list[int], items: Sequence[Item], most: int = 8) -> str:
 
 
 def _check_first_step(part: Train, means: dict[str, float], response_tokens: float) -> None:
-    """Raise RuntimeError if policy and opponent are not one model. `response_tokens`: of a pair, on average."""
+    """Raise RuntimeError if policy and opponent differ. `response_tokens`: mean of a pair."""
     drift = means["drift"] / response_tokens
     if drift > FIRST_STEP_TOLERANCE:
         raise RuntimeError(
-            f"step 1: policy and opponent differ by {drift:.4f} nats a token and the loss is {means['loss']:.4f}, not "
-            f"{initial_loss(part.loss):.4f}, while they must be one model; were opponent_logps made from other "
-            "weights, pairs or settings?"
+            f"step 1: policy and opponent differ by {drift:.4f} nats a token and the loss is "
+            f"{means['loss']:.4f}, not {initial_loss(part.loss):.4f}, while they must be one model; were "
+            "opponent_logps made from other weights, pairs or settings?"
         )
 
 
@@ -261,13 +300,15 @@ def alike(items: Sequence[Item]) -> Tensor:
 def spin_step(
     part: Train, logps: Tensor, opponent: Tensor, same: Tensor, pairs: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss of a micro-batch as its share of a step of `pairs` pairs, and the shares of the metrics, loss first.
+    """Loss of a micro-batch as its share of a step of `pairs` pairs, and the shares of the metrics, loss
+    first.
 
     logps: (2 B,) real and generated by turns; opponent: (B, 2); same: (B,) see `alike`
     """
     real, generated = logps.view(-1, 2).unbind(-1)  # (B,)
     opponent_real, opponent_generated = opponent.unbind(-1)
-    # One text has one log-probability, however it was rounded in two places: then its gradient is exactly zero.
+    # One text has one log-probability, however it was rounded in two places: then its gradient is exactly
+    # zero.
     generated = torch.where(same, real, generated)
     opponent_generated = torch.where(same, opponent_real, opponent_generated)
     loss = spin_loss(real, generated, opponent_real, opponent_generated, part.beta, part.loss).sum() / pairs

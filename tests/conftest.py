@@ -16,8 +16,16 @@ from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=128)  # fmt: skip
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
 
 
 def small_config(**changes) -> ModelConfig:
@@ -33,7 +41,9 @@ def reference(model: Mistral):
     """transformers' Mistral with the same weights, in fp32 and without any fused kernel."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(**{k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"})
+    config = MistralConfig(
+        **{k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"}
+    )
     config._attn_implementation = "eager"
     other = MistralForCausalLM(config).eval()
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
@@ -70,18 +80,34 @@ def write_jsonl(path: Path, rows: list) -> Path:
 def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
     return [*launcher, str(ROOT / script), *arguments]
 
 
 def run_script(
-    script: str, *arguments: str, ranks: int = 1, fails: bool = False, stderr: bool = True, typed: str | None = None
+    script: str,
+    *arguments: str,
+    ranks: int = 1,
+    fails: bool = False,
+    stderr: bool = True,
+    typed: str | None = None,
 ) -> str:
     """Run one of the three scripts in the project's root; returns what it printed. Checks the exit status."""
     done = subprocess.run(
-        command(script, *arguments, ranks=ranks), cwd=ROOT, capture_output=True, env=environment(),
-        text=True, errors="surrogateescape", input=typed,
-    )  # fmt: skip
+        command(script, *arguments, ranks=ranks),
+        cwd=ROOT,
+        capture_output=True,
+        env=environment(),
+        text=True,
+        errors="surrogateescape",
+        input=typed,
+    )
     output = done.stdout + done.stderr
     assert bool(done.returncode) == fails, output
     return output if stderr else done.stdout

@@ -1,9 +1,10 @@
-"""Kill -9 at random moments of a tiny run's training: while it steps, saves a checkpoint, or exports. Minutes; by hand.
+"""Kill -9 at random moments of a tiny run's training: while it steps, saves a checkpoint, or exports.
+Minutes; by hand.
 
     python -m tests.kill_trials --ranks 1 --trials 30
 
-Each trial kills the process and its ranks, runs the command again, and compares weights and log with the undisturbed
-run's. The first checkpoint comes after the first step and each step has one.
+Each trial kills the process and its ranks, runs the command again, and compares weights and log with the
+undisturbed run's. The first checkpoint comes after the first step and each step has one.
 """
 
 import argparse
@@ -48,23 +49,38 @@ dtype = "float32"
 
 def run(arguments: list[str], ranks: int = 1) -> None:
     done = subprocess.run(
-        command("train.py", *arguments, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
+        command("train.py", *arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(done.stderr)
 
 
 def kill_somewhere(process: subprocess.Popen, iteration: Path, aim: int, rng: random.Random) -> str:
-    """Kill the process and its ranks: at any time (aim 0), while saving (1), while exporting (2). Returns what it was at."""
+    """Kill the process and its ranks: at any time (aim 0), while saving (1), while exporting (2). Returns
+    what it was at.
+    """
     while process.poll() is None and not (iteration / "metrics.jsonl").exists():
         time.sleep(0.002)
-    saving = lambda: list((iteration / "checkpoints").glob("*.partial"))  # noqa: E731
+
+    def saving():
+        return list((iteration / "checkpoints").glob("*.partial"))
+
     time.sleep(rng.random() * (3, 1.5, 0)[aim])
     while process.poll() is None and not (True, saving(), (iteration / "model.partial").exists())[aim]:
         time.sleep(0.0005)
     time.sleep(rng.random() * (0, 0.02, 0.05)[aim])
     family = [process.pid, *children(process.pid)]
-    at = "ended" if (iteration / "model").exists() else "exporting" if (iteration / "model.partial").exists() else ""
+    at = (
+        "ended"
+        if (iteration / "model").exists()
+        else "exporting"
+        if (iteration / "model.partial").exists()
+        else ""
+    )
     at = at or ("saving" if saving() else "stepping")
     for pid in family:
         if alive(pid):
@@ -76,7 +92,9 @@ def kill_somewhere(process: subprocess.Popen, iteration: Path, aim: int, rng: ra
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--ranks", type=int, default=1)
     arguments.add_argument("--trials", type=int, default=30)
     options = arguments.parse_args()
@@ -86,7 +104,16 @@ def main() -> None:
         recipe = ["--config", str(work / "recipe.toml")]
         whole = work / "whole/iter0"
         run([*recipe, f"--run.dir={work}/whole", "--sft"])
-        again = lambda name: [*recipe, f"--run.dir={work}/{name}", f"--model.base={work}/whole/base/model", "--iter", "0"]  # noqa: E731
+
+        def again(name):
+            return [
+                *recipe,
+                f"--run.dir={work}/{name}",
+                f"--model.base={work}/whole/base/model",
+                "--iter",
+                "0",
+            ]
+
         run(again("whole"), options.ranks)
         for trial in range(options.trials):
             iteration = work / f"run{trial}/iter0"
@@ -95,13 +122,21 @@ def main() -> None:
                 shutil.copy(whole / name, iteration)
             shutil.copytree(whole / "generated", iteration / "generated")
             process = subprocess.Popen(
-                command("train.py", *again(f"run{trial}"), ranks=options.ranks), cwd=ROOT, env=environment(),
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                command("train.py", *again(f"run{trial}"), ranks=options.ranks),
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             at = kill_somewhere(process, iteration, trial % 3, rng)
             run(again(f"run{trial}"), options.ranks)
-            weights = [(directory / "model/model.safetensors").read_bytes() for directory in (iteration, whole)]
-            logs = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(d)] for d in (iteration, whole)]
+            weights = [
+                (directory / "model/model.safetensors").read_bytes() for directory in (iteration, whole)
+            ]
+            logs = [
+                [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(d)]
+                for d in (iteration, whole)
+            ]
             if weights[0] != weights[1] or logs[0] != logs[1]:
                 raise SystemExit(f"trial {trial}, killed while {at}: not the undisturbed run")
             killed[at] += 1

@@ -1,4 +1,6 @@
-"""Published configurations: what they ask for is what is built; what would be computed wrongly is refused by field."""
+"""Published configurations: what they ask for is what is built; what would be computed wrongly is refused by
+field.
+"""
 
 import json
 
@@ -10,41 +12,105 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 
 # config.json as the Hub has it, and the number of parameters as the model's page states it.
-COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
-          "tie_word_embeddings": False, "transformers_version": "4.34.0.dev0", "torch_dtype": "bfloat16"}  # fmt: skip
+COMMON = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.34.0.dev0",
+    "torch_dtype": "bfloat16",
+}
 MISTRAL = COMMON | {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000,
-}  # fmt: skip
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
 LLAMA = COMMON | {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
-    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
-    "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "vocab_size": 32000,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "vocab_size": 32000,
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
-}  # fmt: skip
+}
 PUBLISHED = {
     "Mistral-7B-v0.1": (MISTRAL, 7_241_732_096),
-    "Mistral-7B-Instruct-v0.2": (MISTRAL | {"rope_theta": 1e6, "sliding_window": None, "attention_dropout": 0.0}, 7_241_732_096),
-    "Mistral-7B-v0.3": (MISTRAL | {"rope_theta": 1e6, "sliding_window": None, "vocab_size": 32768}, 7_248_023_552),
+    "Mistral-7B-Instruct-v0.2": (
+        MISTRAL | {"rope_theta": 1e6, "sliding_window": None, "attention_dropout": 0.0},
+        7_241_732_096,
+    ),
+    "Mistral-7B-v0.3": (
+        MISTRAL | {"rope_theta": 1e6, "sliding_window": None, "vocab_size": 32768},
+        7_248_023_552,
+    ),
     "zephyr-7b-beta": (MISTRAL | {"_name_or_path": "x", "pad_token_id": 2}, 7_241_732_096),
     "Llama-2-7b": (LLAMA, 6_738_415_616),
-    "Llama-2-13b": (LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40,
-                             "num_hidden_layers": 40, "num_key_value_heads": 40}, 13_015_864_320),
-    "Llama-2-70b": (LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
-                             "num_hidden_layers": 80, "num_key_value_heads": 8}, 68_976_648_192),
-    "TinyLlama-1.1B": (LLAMA | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-                                "num_key_value_heads": 4, "max_position_embeddings": 2048}, 1_100_048_384),
-    "tied, explicit head_dim": (MISTRAL | {"hidden_size": 64, "head_dim": 24, "tie_word_embeddings": True,
-                                           "num_hidden_layers": 2}, None),
-}  # fmt: skip
+    "Llama-2-13b": (
+        LLAMA
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 40,
+        },
+        13_015_864_320,
+    ),
+    "Llama-2-70b": (
+        LLAMA
+        | {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_hidden_layers": 80,
+            "num_key_value_heads": 8,
+        },
+        68_976_648_192,
+    ),
+    "TinyLlama-1.1B": (
+        LLAMA
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+        },
+        1_100_048_384,
+    ),
+    "tied, explicit head_dim": (
+        MISTRAL | {"hidden_size": 64, "head_dim": 24, "tie_word_embeddings": True, "num_hidden_layers": 2},
+        None,
+    ),
+}
 
 
 def reference_class(config: dict):
     import transformers
 
-    return (transformers.MistralConfig, transformers.MistralForCausalLM) if config["model_type"] == "mistral" else (
-        transformers.LlamaConfig, transformers.LlamaForCausalLM)  # fmt: skip
+    return (
+        (transformers.MistralConfig, transformers.MistralForCausalLM)
+        if config["model_type"] == "mistral"
+        else (transformers.LlamaConfig, transformers.LlamaForCausalLM)
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -54,7 +120,10 @@ def test_a_published_configuration_gives_transformers_parameters(name):
     with torch.device("meta"):
         ours = Mistral(ModelConfig.from_dict(values))
         theirs = model_class(config_class(**values))
-    shapes = lambda model: {name: parameter.shape for name, parameter in model.named_parameters()}  # noqa: E731
+
+    def shapes(model):
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+
     assert shapes(ours) == shapes(theirs)
     if count:
         assert sum(parameter.numel() for parameter in ours.parameters()) == count
@@ -66,9 +135,22 @@ def test_what_is_exported_means_the_same_to_transformers(name):
     config_class, _ = reference_class(values)
     exported = ModelConfig.from_dict(values).to_dict("bfloat16")
     ours, theirs = config_class(**exported), config_class(**values)
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                  "head_dim", "vocab_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "hidden_act",
-                  "max_position_embeddings", "model_type", "architectures"):  # fmt: skip
+    for field in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "hidden_act",
+        "max_position_embeddings",
+        "model_type",
+        "architectures",
+    ):
         if field != "architectures" or "architectures" in values:
             assert getattr(ours, field) == getattr(theirs, field), field
     assert getattr(ours, "sliding_window", None) == getattr(theirs, "sliding_window", None)
@@ -76,11 +158,20 @@ def test_what_is_exported_means_the_same_to_transformers(name):
 
 @pytest.mark.parametrize("model_type", ["mistral", "llama"])
 def test_fields_that_are_left_out_have_transformers_defaults(model_type):
-    sizes = dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8)
+    sizes = dict(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8
+    )
     ours = ModelConfig.from_dict(sizes | {"model_type": model_type})
     theirs = reference_class({"model_type": model_type})[0](**sizes)
-    for field in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "bos_token_id",
-                  "eos_token_id", "initializer_range"):  # fmt: skip
+    for field in (
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+    ):
         assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.head_dim == 8 and ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
@@ -88,7 +179,9 @@ def test_fields_that_are_left_out_have_transformers_defaults(model_type):
 
 @pytest.mark.parametrize("model_type", ["mistral", "llama"])
 def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
-    ours = small_config(rope_theta=5e5, sliding_window=17 if model_type == "mistral" else None, model_type=model_type)
+    ours = small_config(
+        rope_theta=5e5, sliding_window=17 if model_type == "mistral" else None, model_type=model_type
+    )
     config_class, _ = reference_class({"model_type": model_type})
     config_class(**ours.to_dict("float32")).save_pretrained(tmp_path)
     assert ModelConfig.from_pretrained(tmp_path) == ours
@@ -143,17 +236,39 @@ def test_rotary_settings_in_two_places_are_refused():
 
 def test_unknown_fields_that_are_off_and_known_ones_that_change_nothing_are_ignored():
     values = small_config().to_dict("float32")
-    more = {"qk_norm": False, "num_experts": 0, "transformers_version": "9.9", "_name_or_path": "x", "rope_scaling": None,
-            "tokenizer_class": "LlamaTokenizerFast", "unsloth_version": "2024.9", "pretraining_tp": 2,
-            "partial_rotary_factor": 1.0, "_flash_attn_2_enabled": True}  # fmt: skip
+    more = {
+        "qk_norm": False,
+        "num_experts": 0,
+        "transformers_version": "9.9",
+        "_name_or_path": "x",
+        "rope_scaling": None,
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unsloth_version": "2024.9",
+        "pretraining_tp": 2,
+        "partial_rotary_factor": 1.0,
+        "_flash_attn_2_enabled": True,
+    }
     assert ModelConfig.from_dict(values | more) == small_config()
-    unscaled = {"rope_scaling": {"type": "default", "rope_type": "default"}, "eos_token_id": [2, 7], "bos_token_id": None}
+    unscaled = {
+        "rope_scaling": {"type": "default", "rope_type": "default"},
+        "eos_token_id": [2, 7],
+        "bos_token_id": None,
+    }
     assert ModelConfig.from_dict(values | unscaled) == small_config(eos_token_id=[2, 7], bos_token_id=None)
 
 
 # params.json of mistral-inference's downloads.
-PARAMS = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
-          "norm_eps": 1e-05, "vocab_size": 32768, "rope_theta": 1000000.0}  # fmt: skip
+PARAMS = {
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "vocab_size": 32768,
+    "rope_theta": 1000000.0,
+}
 
 
 def test_mistrals_own_params_are_the_same_architecture():
@@ -176,8 +291,14 @@ def test_params_of_what_is_no_dense_decoder_are_refused_by_field(field):
 def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
         ModelConfig.from_pretrained(tmp_path)
-    for text, message in (("{", "not JSON"), ("[" * 9999, "not JSON"), ("1" * 5000, "not JSON"), ("[]", "not a JSON object"), ("{}", "no model_type"),
-                          (json.dumps({"model_type": "llama"}), "no vocab_size")):  # fmt: skip
+    for text, message in (
+        ("{", "not JSON"),
+        ("[" * 9999, "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "no model_type"),
+        (json.dumps({"model_type": "llama"}), "no vocab_size"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f"config.json: {message}"):
             ModelConfig.from_pretrained(tmp_path)

@@ -1,7 +1,9 @@
-"""The attention backends: the plain twin against softmax written out; the FlashAttention kernels against the twin.
+"""The attention backends: the plain twin against softmax written out; the FlashAttention kernels against the
+twin.
 
-Without a GPU the kernels cannot run, but what is asked of them can be checked: stand-ins that compute what the kernels'
-documentation says (offsets, alignment at the bottom right, windows, lengths in a cache) take their place.
+Without a GPU the kernels cannot run, but what is asked of them can be checked: stand-ins that compute what
+the kernels' documentation says (offsets, alignment at the bottom right, windows, lengths in a cache) take
+their place.
 """
 
 import random
@@ -12,7 +14,6 @@ from functools import cache
 
 import pytest
 import torch
-
 from conftest import random_ids, small_model
 
 from model.attention import BACKENDS, Decoding, Segments, _unavailable, attend, attend_cached, choose_backend
@@ -24,8 +25,8 @@ from spin.logps import response_logps
 from spin.packing import Item, pack
 
 GPU = "cuda"
-# Relative root mean square error against the fp32 twin. A product of two numbers rounded to n bits of mantissa is off by
-# about 2^-n, and FlashAttention rounds the probabilities too; sums average that out.
+# Relative root mean square error against the fp32 twin. A product of two numbers rounded to n bits of
+# mantissa is off by about 2^-n, and FlashAttention rounds the probabilities too; sums average that out.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 PAIRS = [Item([1] * 5, ([1] * 4, [1] * 7)), Item([1] * 9, ([1], [1] * 2)), Item([1] * 2, ([1] * 30,))]
@@ -43,7 +44,10 @@ STREAMS = {
 def stream(segments: Segments, heads=4, kv_heads=2, size=16, dtype=torch.float32, seed=0):
     """Random q, k, v that want gradients, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randn(segments.q_offsets[-1], n, size, generator=generator).to(dtype)  # noqa: E731
+
+    def draw(n):
+        return torch.randn(segments.q_offsets[-1], n, size, generator=generator).to(dtype)
+
     return [draw(n).requires_grad_() for n in (heads, kv_heads, kv_heads)], draw(heads)
 
 
@@ -60,7 +64,8 @@ def error(ours, expected) -> float:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_the_twin_is_masked_softmax_over_shared_prompts(window, kv_heads):
     (q, k, v), _ = stream(pack(PAIRS).segments, kv_heads=kv_heads)
-    # Who sees whom, written out: own sequence (prompt and one response), no later position, inside the window.
+    # Who sees whom, written out: own sequence (prompt and one response), no later position, inside the
+    # window.
     sequences, start = [], 0
     for item in PAIRS:
         prompt = list(range(start, start + len(item.prompt)))
@@ -109,13 +114,17 @@ def test_attention_over_the_cache_is_the_last_row_of_causal_attention(window):
 
 
 def documented(q, k, v, window) -> torch.Tensor:
-    """(Sq, H, D), (Sk, K, D): query i sees keys i + Sk - Sq - left to i + Sk - Sq + right, inclusive; -1 is no limit."""
+    """(Sq, H, D), (Sk, K, D): query i sees keys i + Sk - Sq - left to i + Sk - Sq + right, inclusive; -1 is
+    no limit.
+    """
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     distance = torch.arange(len(k)) - (torch.arange(len(q))[:, None] + len(k) - len(q))
     left, right = window
-    hidden = (distance < -left if left >= 0 else False) | (distance > right if right >= 0 else distance > len(k))
+    hidden = (distance < -left if left >= 0 else False) | (
+        distance > right if right >= 0 else distance > len(k)
+    )
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
@@ -154,19 +163,67 @@ def documented_kernels(monkeypatch):
     def compute(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, left, right, lengths=None):
         return documented_varlen(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, (left, right), lengths)
 
-    def forward(q, k, v, q_offsets, k_offsets, max_q, max_k, dropout, causal, debug, *, scale=None,
-                window_size_left=None, window_size_right=None, seqused_k=None, **unused):  # fmt: skip
+    def forward(
+        q,
+        k,
+        v,
+        q_offsets,
+        k_offsets,
+        max_q,
+        max_k,
+        dropout,
+        causal,
+        debug,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+        seqused_k=None,
+        **unused,
+    ):
         WINDOWS.append((window_size_left, window_size_right))
         assert dropout == 0.0 and scale is None and not any(value is not None for value in unused.values())
-        out = compute(q, k, v, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right, seqused_k)
+        out = compute(
+            q,
+            k,
+            v,
+            q_offsets,
+            k_offsets,
+            max_q,
+            max_k,
+            causal,
+            window_size_left,
+            window_size_right,
+            seqused_k,
+        )
         state = torch.zeros(2, dtype=torch.int64)
         return out, torch.zeros(q.shape[1], len(q)), state, state, state
 
-    def backward(grad, q, k, v, out, lse, q_offsets, k_offsets, max_q, max_k, dropout, causal, rng, unused, *, scale=None,
-                 window_size_left=None, window_size_right=None):  # fmt: skip
+    def backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        q_offsets,
+        k_offsets,
+        max_q,
+        max_k,
+        dropout,
+        causal,
+        rng,
+        unused,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+    ):
         def gradients():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            again = compute(*inputs, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right)
+            again = compute(
+                *inputs, q_offsets, k_offsets, max_q, max_k, causal, window_size_left, window_size_right
+            )
             return torch.autograd.grad(again, inputs, grad)
 
         with ThreadPoolExecutor(1) as other:  # in this thread autograd is off: its own call brought us here
@@ -192,7 +249,9 @@ def test_what_is_asked_of_the_kernels_is_what_the_twin_computes(documented_kerne
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
 def test_a_window_that_hides_nothing_is_not_asked_for(documented_kernels, backend):
-    """With a window, even one longer than the slot, FlashAttention reads a key head anew for each of its query heads."""
+    """With a window, even one longer than the slot, FlashAttention reads a key head anew for each of its
+    query heads.
+    """
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
     attend_cached(q, k, v, Decoding.at(torch.tensor([1, 5, 11]), 12, slot_length=12), 12, backend)
     assert WINDOWS[-1] == (-1, -1)
@@ -200,7 +259,9 @@ def test_a_window_that_hides_nothing_is_not_asked_for(documented_kernels, backen
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(documented_kernels, backend, window):
+def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(
+    documented_kernels, backend, window
+):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
     for lengths, longest in (([1, 12, 7], 12), ([1, 4, 7], 7)):  # whole slots, and their beginnings
@@ -211,7 +272,9 @@ def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(d
 
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
-def test_a_model_gives_the_same_through_what_is_asked_of_the_kernels(documented_kernels, backend, monkeypatch):
+def test_a_model_gives_the_same_through_what_is_asked_of_the_kernels(
+    documented_kernels, backend, monkeypatch
+):
     asked = []
     model = small_model(sliding_window=6)
     rng = random.Random(0)
@@ -224,7 +287,8 @@ def test_a_model_gives_the_same_through_what_is_asked_of_the_kernels(documented_
 
 
 def test_the_7b_shape_passes_forward_backward_and_decoding_without_memory(monkeypatch):
-    # On the meta device: shapes and arguments bind to the op; what the kernel itself demands is not checked there.
+    # On the meta device: shapes and arguments bind to the op; what the kernel itself demands is not checked
+    # there.
     monkeypatch.setattr("model.mistral.choose_backend", lambda *_: "torch-flash")
     config = ModelConfig(32000, 4096, 14336, 2, 32, 8, 128, sliding_window=4096)
     with torch.device("meta"):
@@ -245,14 +309,28 @@ def test_on_a_cpu_the_twin_is_chosen_and_the_log_says_so(caplog):
     caplog.set_level("INFO")
     for _ in range(2):
         assert choose_backend("auto", "cpu", torch.bfloat16, 128) == "sdpa"
-    assert [record.message for record in caplog.records] == ["attention: sdpa (cpu, torch.bfloat16, head size 128)"]
+    assert [record.message for record in caplog.records] == [
+        "attention: sdpa (cpu, torch.bfloat16, head size 128)"
+    ]
 
 
 @pytest.mark.parametrize(
     "backend, device, dtype, size, message",
     [
-        ("torch-flash", "cpu", torch.bfloat16, 128, "'torch-flash' cannot be used: it needs a CUDA device, not cpu"),
-        ("flash-attn", "cuda", torch.float32, 128, "'flash-attn' cannot be used: it computes in bfloat16 or float16"),
+        (
+            "torch-flash",
+            "cpu",
+            torch.bfloat16,
+            128,
+            "'torch-flash' cannot be used: it needs a CUDA device, not cpu",
+        ),
+        (
+            "flash-attn",
+            "cuda",
+            torch.float32,
+            128,
+            "'flash-attn' cannot be used: it computes in bfloat16 or float16",
+        ),
         ("torch-flash", "cuda", torch.bfloat16, 12, "up to 256 in steps of 8, not 12"),
         ("flash", "cpu", torch.bfloat16, 128, "'flash' is not one of auto, flash-attn, torch-flash, sdpa"),
     ],
@@ -328,7 +406,10 @@ def test_on_a_gpu_every_backend_is_the_fp32_twin_within_rounding(heads, kv_heads
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
     available(backend, torch.bfloat16, 128)
-    draw = lambda *shape: torch.randn(*shape, 128, dtype=torch.bfloat16)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, 128, dtype=torch.bfloat16)
+
     positions = torch.tensor([1, 700, 64, 65, 333]) - 1
     here, there = (Decoding.at(positions.to(device), 700, slot_length=900) for device in ("cpu", GPU))
     for heads, kv_heads in ((4, 4), (8, 2), (8, 1)):
@@ -345,7 +426,8 @@ def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
 def test_on_a_gpu_a_model_in_bf16_is_the_same_model_in_fp32_on_the_cpu_within_rounding():
     rng = random.Random(0)
     items = [Item(random_ids(rng, 9), (random_ids(rng, 30), random_ids(rng, 17))) for _ in range(4)]
-    model = small_model(hidden_size=256, head_dim=64)  # its attention is far from uniform: without it, 0.07 off
+    # its attention is far from uniform: without it, 0.07 off
+    model = small_model(hidden_size=256, head_dim=64)
     expected = response_logps(model, pack(items)).detach()
     assert choose_backend("auto", GPU, torch.bfloat16, 64) != "sdpa"
     ours = response_logps(model.to(GPU, torch.bfloat16), pack(items).to(GPU)).detach().cpu()

@@ -70,7 +70,13 @@ def flip(file):
         lambda path: (path / "digests.json").unlink(),
         lambda path: (path / "digests.json").write_text("{"),
     ],
-    ids=["a bit of a shard", "a bit of the metadata", "a shard is missing", "no digests", "half of the digests"],
+    ids=[
+        "a bit of a shard",
+        "a bit of the metadata",
+        "a shard is missing",
+        "no digests",
+        "half of the digests",
+    ],
 )
 def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_path, caplog, damage):
     undisturbed = run(opponent, group, tmp_path / "run")
@@ -82,7 +88,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_pat
     assert steps(tmp_path / "run") == ["step-000005", "step-000006", "step-000006.damaged"]
     again = metrics(tmp_path / "run")
     assert [row["loss"] for row in again] == [row["loss"] for row in log]
-    assert again[4] == log[4] and again[5] != log[5]  # the sixth step was taken again, and it alone: times differ
+    # the sixth step was taken again, and it alone: times differ
+    assert again[4] == log[4] and again[5] != log[5]
 
 
 def test_when_all_are_damaged_training_begins_anew(opponent, group, tmp_path):
@@ -113,7 +120,12 @@ def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path, sec
 
 @pytest.mark.parametrize(
     "changes",
-    [{"second_moment": "bfloat16"}, {"optimizer": "adamw"}, {"unsharded_gradients": True}, {"heldout_pairs": 2}],
+    [
+        {"second_moment": "bfloat16"},
+        {"optimizer": "adamw"},
+        {"unsharded_gradients": True},
+        {"heldout_pairs": 2},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, changes):
@@ -123,7 +135,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, c
     flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")
     assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == losses
-    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")  # once more: the one put aside before makes way
+    # once more: the one put aside before makes way
+    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")
     assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
 
 
@@ -135,7 +148,9 @@ def test_a_disk_without_room_is_refused(tmp_path):
     assert [room_needed(tmp_path / "checkpoints", 10, keep) for keep in (1, 2)] == [10, 20]
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_one(opponent, group, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_one(
+    opponent, group, tmp_path
+):
     undisturbed = run(opponent, group, tmp_path / "run")
     lines = f"""
         import resource, signal, sys

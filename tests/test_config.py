@@ -16,7 +16,10 @@ def recipe(tmp_path, text, *overrides):
 
 
 def test_command_line_wins_over_iteration_over_recipe_over_default(tmp_path):
-    text = "[train]\nlr = 1\nbeta = 2.0\n[[iteration]]\ntrain.lr = 3.0\n[[iteration]]\ntrain.lr = 4.0\ntrain.beta = 5"
+    text = (
+        "[train]\nlr = 1\nbeta = 2.0\n[[iteration]]\ntrain.lr = 3.0\n[[iteration]]\ntrain.lr = "
+        "4.0\ntrain.beta = 5"
+    )
     r = recipe(tmp_path, text)
     assert [(r.at(n).train.lr, r.at(n).train.beta) for n in (0, 1, 7)] == [(3, 2), (4, 5), (4, 5)]
     assert r.at(0).train.batch_size == 64
@@ -29,7 +32,11 @@ def test_command_line_wins_over_iteration_over_recipe_over_default(tmp_path):
     [
         ("[train]\nlearning_rate = 1.0", None, "r.toml: unknown setting train.learning_rate; did you mean"),
         ("[trian]\nlr = 1.0", None, "unknown setting trian.lr; did you mean train.lr"),
-        ("[[iteration]]\ntrain.betta = 1.0", None, "iteration 0: unknown setting train.betta; did you mean train.beta"),
+        (
+            "[[iteration]]\ntrain.betta = 1.0",
+            None,
+            "iteration 0: unknown setting train.betta; did you mean train.beta",
+        ),
         ("lr = 1.0", None, "lr stands outside of a section"),
         ("[train]\nbatch_size = 6.5", None, "train.batch_size must be int, not 6.5"),
         ("[train]\nbatch_size = true", None, "train.batch_size must be int, not True"),
@@ -76,7 +83,11 @@ def test_a_setting_that_came_later_than_a_runs_file_had_its_default_there():
 
 
 def test_iterations_are_read_from_numbers_and_ranges():
-    assert iterations("0") == [0] and iterations("0-2,5") == [0, 1, 2, 5] and iterations("base,1", base=True) == [-1, 1]
+    assert (
+        iterations("0") == [0]
+        and iterations("0-2,5") == [0, 1, 2, 5]
+        and iterations("base,1", base=True) == [-1, 1]
+    )
     for bad in ("", "x", "2-0", "base", "1-", "-1"):
         with pytest.raises(ValueError, match="--iter"):
             iterations(bad)
@@ -90,18 +101,27 @@ def test_every_recipe_is_valid():
 
 
 def test_the_papers_recipe_has_the_papers_values():
-    # arXiv 2401.01335: 50k prompts; global batch 64, RMSProp, 2 epochs, 10% warm-up; learning rate and λ by iteration.
+    # arXiv 2401.01335: 50k prompts; global batch 64, RMSProp, 2 epochs, 10% warm-up; learning rate and λ by
+    # iteration.
     recipe = Recipe(PAPER)
     for n, (lr, beta, replay) in enumerate([(5e-7, 0.1, 0), (5e-7, 0.1, 1), (1e-7, 0.1, 1), (1e-7, 5.0, 1)]):
         config = recipe.at(n)
         assert (config.train.lr, config.train.beta, config.train.replay) == (lr, beta, replay)
         assert config.data.num_prompts == 50_000 and config.model.base
-        assert (config.train.batch_size, config.train.optimizer, config.train.loss) == (64, "rmsprop", "logistic")
+        assert (config.train.batch_size, config.train.optimizer, config.train.loss) == (
+            64,
+            "rmsprop",
+            "logistic",
+        )
         assert (config.train.epochs, config.train.warmup, config.train.max_grad_norm) == (2, 0.1, 1.0)
         assert config.train.dtype == config.generate.dtype == "bfloat16"
         # The official code's, where the paper is silent.
         assert config.train.schedule_epochs == 6
-        assert (config.data.max_length, config.data.max_prompt_length, config.data.empty_system) == (1024, 512, True)
+        assert (config.data.max_length, config.data.max_prompt_length, config.data.empty_system) == (
+            1024,
+            512,
+            True,
+        )
         assert (config.generate.max_new_tokens, config.generate.temperature) == (256, 0.0)
         assert (config.generate.template, config.train.template) == ("instruction", "zephyr")
 
@@ -111,7 +131,12 @@ def test_the_miniatures_recipe_has_the_values_of_its_documentation():
     assert [recipe.at(n).train.lr for n in range(4)] == [5e-5, 5e-5, 1e-5, 1e-5]
     for n in range(4):
         config = recipe.at(n)
-        assert (config.train.beta, config.train.batch_size, config.train.epochs, config.train.replay) == (2.0, 32, 2, 1)
+        assert (config.train.beta, config.train.batch_size, config.train.epochs, config.train.replay) == (
+            2.0,
+            32,
+            2,
+            1,
+        )
         assert (config.generate.temperature, config.generate.max_new_tokens) == (1.0, 16)
 
 

@@ -26,7 +26,10 @@ def load(path, need_generated=False, **settings):
         ({"messages": [USER, ANSWER], "prompt": "hi", "prompt_id": "7"}, {}),  # UltraChat200k's columns
         ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": "hm"}]}, {}),
         ({"prompt": "hi", "response": "ho"}, {}),
-        ({"question": "hi", "answer": "ho", "id": 3}, dict(prompt_column="question", response_column="answer")),
+        (
+            {"question": "hi", "answer": "ho", "id": 3},
+            dict(prompt_column="question", response_column="answer"),
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -69,12 +72,20 @@ def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
         ('{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "role None"),
         ('{"messages": [{"role": "human", "content": "a"}]}', "role 'human'"),
         ('{"messages": "a"}', "must be a list"),
-        ('{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "generated": '
-         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', 'empty "generated"'),
-        ('{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "generated": '
-         '[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}', "different prompts"),
+        (
+            '{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+            '"generated": '
+            '[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
+            'empty "generated"',
+        ),
+        (
+            '{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+            '"generated": '
+            '[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}',
+            "different prompts",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
     good = '{"prompt": "a", "response": "b"}\n'
     (tmp_path / "d.jsonl").write_text(good + line + "\n" + good)
@@ -90,7 +101,11 @@ def test_half_a_character_is_refused_with_file_and_line(tmp_path):
 
 
 def test_empty_texts_can_be_dropped_and_are_counted(tmp_path):
-    rows = [{"prompt": "a", "response": "b"}, {"prompt": "", "response": "b"}, {"prompt": "a", "response": "\n"}]
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "", "response": "b"},
+        {"prompt": "a", "response": "\n"},
+    ]
     counts = Counter()
     examples = load_examples(str(write_jsonl(tmp_path / "d.jsonl", rows)), Data(empty="drop"), counts)
     assert len(examples) == 1
@@ -120,7 +135,9 @@ def test_the_sample_is_seeded_without_repeats_and_not_larger_than_the_data(tmp_p
     examples = load(write_jsonl(tmp_path / "d.jsonl", rows))
     chosen = [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
     assert chosen == [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
-    assert len(set(chosen)) == 20 and chosen != [e.question for e in choose(examples, Data(num_prompts=20, seed=2))]
+    assert len(set(chosen)) == 20 and chosen != [
+        e.question for e in choose(examples, Data(num_prompts=20, seed=2))
+    ]
     assert choose(examples, Data()) == examples
     with pytest.raises(ValueError, match="num_prompts = 51.*50 examples"):
         choose(examples, Data(num_prompts=51, path="d"))
@@ -162,7 +179,9 @@ def test_the_opponents_own_empty_response_is_a_pair_like_any_other(tmp_path, let
     assert item.responses[1] == [letters.eos_id]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GSM8K in ../shared/data, which is not part of the project")
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs GSM8K in ../shared/data, which is not part of the project"
+)
 def test_released_pairs_and_gsm8k_questions_load():
     pairs = load(SHARED / "gsm8k" / "pairs.jsonl", need_generated=True)
     assert len(pairs) == 800 and all(pair.generated for pair in pairs)

@@ -1,6 +1,8 @@
-"""A step's loss and every gradient are the naive way's: transformers, one sequence at a time, two models, fp32.
+"""A step's loss and every gradient are the naive way's: transformers, one sequence at a time, two models,
+fp32.
 
-On any token budget, chunk, checkpointing setting and number of ranks, for every loss. The ranks are processes of gloo.
+On any token budget, chunk, checkpointing setting and number of ranks, for every loss. The ranks are processes
+of gloo.
 """
 
 import json
@@ -23,7 +25,16 @@ from spin.optimizer import RMSprop
 from spin.packing import Item
 from spin.trainer import Schedule, train
 
-BASE = dict(batch_size=5, epochs=2, lr=1e-3, beta=0.7, dtype="float32", token_budget=60, logit_chunk=7, max_grad_norm=1e9)
+BASE = dict(
+    batch_size=5,
+    epochs=2,
+    lr=1e-3,
+    beta=0.7,
+    dtype="float32",
+    token_budget=60,
+    logit_chunk=7,
+    max_grad_norm=1e9,
+)
 CASES = {
     "logistic": {},
     "hinge": {"loss": "hinge"},
@@ -49,10 +60,13 @@ FORMULAS = {
 def pairs() -> list[Item]:
     """Eight pairs: a step of an epoch has five, the next has three, fewer than there are ranks."""
     rng = random.Random(0)
-    draw = lambda length: random_ids(rng, length)  # noqa: E731
-    return [Item(draw(rng.randint(1, 9)), (draw(rng.randint(1, 9)), draw(rng.randint(1, 9)))) for _ in range(7)] + [
-        Item(draw(20), (draw(10), draw(12)))
-    ]
+
+    def draw(length):
+        return random_ids(rng, length)
+
+    return [
+        Item(draw(rng.randint(1, 9)), (draw(rng.randint(1, 9)), draw(rng.randint(1, 9)))) for _ in range(7)
+    ] + [Item(draw(20), (draw(10), draw(12)))]
 
 
 class Recording(RMSprop):
@@ -73,12 +87,16 @@ def run_cases(directory: Path, cases: dict, shard_size: int = 0) -> None:
             model = sharded_model(directory / "opponent", group, torch.float32, part.activation_checkpointing)
             opponent = score(model, items, part.token_budget, part.logit_chunk, group)
             made = []
-            spin.trainer.make_optimizer = lambda part, parameters: made.append(Recording(parameters, part.lr)) or made[0]
+            spin.trainer.make_optimizer = lambda part, parameters: (
+                made.append(Recording(parameters, part.lr)) or made[0]
+            )
             run = directory / name.replace(" ", "-")
             train(part, model, items, opponent, run, group)
             if group.first:
                 log = [json.loads(line) for line in open(run / "metrics.jsonl")]
-                torch.save(([(row["loss"], row["grad_norm"]) for row in log], made[0].seen), run / "result.pt")
+                torch.save(
+                    ([(row["loss"], row["grad_norm"]) for row in log], made[0].seen), run / "result.pt"
+                )
 
 
 def as_rank(rank: int, world_size: int, port: int, directory: Path, shard_size: int) -> None:
@@ -102,7 +120,9 @@ def results(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def naive() -> dict[tuple, list]:
-    """{(loss, limit): [(loss, norm, gradients) of each step]} of two models of transformers and torch's RMSprop."""
+    """{(loss, limit): [(loss, norm, gradients) of each step]} of two models of transformers and torch's
+    RMSprop.
+    """
     found = {}
     for loss, limit in [*((loss, 1e9) for loss in FORMULAS), ("logistic", 0.5)]:
         part, items, formula = Train(**BASE | {"loss": loss, "max_grad_norm": limit}), pairs(), FORMULAS[loss]

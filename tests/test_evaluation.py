@@ -1,4 +1,6 @@
-"""The evaluator apart from the harness: the tree of requests, results that last, bad data, comparisons, MT-Bench, tables."""
+"""The evaluator apart from the harness: the tree of requests, results that last, bad data, comparisons,
+MT-Bench, tables.
+"""
 
 import json
 import math
@@ -40,7 +42,8 @@ def documents(rng, shared):
     for _ in range(9):
         context = prefix + random_ids(rng, rng.randint(1, 12))
         requests = [Request(context + random_ids(rng, n), n) for n in (1, 1, rng.randint(2, 6))]
-        requests.append(Request(requests[-1].ids[:-1] + random_ids(rng, 1), requests[-1].continuation))  # all but the last
+        # all but the last
+        requests.append(Request(requests[-1].ids[:-1] + random_ids(rng, 1), requests[-1].continuation))
         requests.append(Request(context + random_ids(rng, 3) + [5], 1))  # a context of its own
         result.append(requests)
     return [*result, result[0]]
@@ -59,7 +62,9 @@ def test_log_likelihoods_are_those_of_each_request_alone(window, shared, budget)
             with torch.no_grad():
                 logps = other(torch.tensor([request.ids])).logits[0].double().log_softmax(-1)
             places = range(len(request.ids) - request.continuation, len(request.ids))
-            assert score == pytest.approx(sum(float(logps[p - 1, request.ids[p]]) for p in places), rel=1e-5, abs=1e-5)
+            assert score == pytest.approx(
+                sum(float(logps[p - 1, request.ids[p]]) for p in places), rel=1e-5, abs=1e-5
+            )
 
 
 def test_what_requests_share_is_in_the_stream_once():
@@ -77,7 +82,9 @@ def test_common_beginnings():
     rng = random.Random(0)
     for _ in range(300):
         a, b = ([rng.randrange(2) for _ in range(rng.randrange(8))] for _ in range(2))
-        assert common_length(a, b) == next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        assert common_length(a, b) == next(
+            (i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))
+        )
 
 
 def test_few_shot_examples_are_pythons_draws_and_never_the_document():
@@ -130,21 +137,41 @@ def folder(tmp_path_factory, letters):
     from benchmarks.harness import write_documents
 
     folder = tmp_path_factory.mktemp("evaluation")
-    config = small_config(vocab_size=letters.vocab_size, bos_token_id=letters.bos_id, eos_token_id=letters.eos_id,
-                          max_position_embeddings=1200, sliding_window=64)  # fmt: skip
+    config = small_config(
+        vocab_size=letters.vocab_size,
+        bos_token_id=letters.bos_id,
+        eos_token_id=letters.eos_id,
+        max_position_embeddings=1200,
+        sliding_window=64,
+    )
     for name in ("model", "other"):
         save_model(Mistral(config).init_weights(int(name == "other")), folder / name, torch.float32)
         shutil.copy(letters.file, folder / name / "tokenizer.model")
     write_documents(folder / "data", count=5)
-    questions = [{"question_id": 81 + i, "category": category, "turns": ["tell me", "and then"]}
-                 for i, category in enumerate(("writing", "math", "stem"))]  # fmt: skip
+    questions = [
+        {"question_id": 81 + i, "category": category, "turns": ["tell me", "and then"]}
+        for i, category in enumerate(("writing", "math", "stem"))
+    ]
     write_jsonl(folder / "data/mt_bench/question.jsonl", questions)
     return folder
 
 
 def evaluated(folder, out, *more, model="model", tasks=TASKS, **settings):
-    return run_script("evaluate.py", "--model", str(folder / model), "--out", str(out), "--tasks", tasks, "--data",
-                      str(folder / "data"), "--dtype", "float32", *more, **settings)  # fmt: skip
+    return run_script(
+        "evaluate.py",
+        "--model",
+        str(folder / model),
+        "--out",
+        str(out),
+        "--tasks",
+        tasks,
+        "--data",
+        str(folder / "data"),
+        "--dtype",
+        "float32",
+        *more,
+        **settings,
+    )
 
 
 def results(out):
@@ -159,7 +186,10 @@ def out(folder):
 
 
 def without_time(found):
-    return {name: [{k: v for k, v in row.items() if k != "tstamp"} for row in rows] for name, rows in found.items()}
+    return {
+        name: [{k: v for k, v in row.items() if k != "tstamp"} for row in rows]
+        for name, rows in found.items()
+    }
 
 
 def test_two_ranks_give_what_one_gives(folder, out, tmp_path):
@@ -195,17 +225,27 @@ def test_a_killed_evaluation_goes_on_and_a_finished_task_is_not_run_again(folder
 
 @pytest.mark.parametrize(
     "change, message",
-    [(["--harness", "0.4.0"], "made with harness = 0.4.13, not 0.4.0 (arc_challenge, winogrande, truthfulqa_mc2, …)"),
-     (["--limit", "3"], "number of documents = 5, not 3 (arc_challenge, winogrande"),
-     (["--evaluate.seed=5"], "seed = 1, not 5 (mt_bench)"), (["--dtype", "bfloat16"], "dtype = float32, not bfloat16")],
-)  # fmt: skip
+    [
+        (
+            ["--harness", "0.4.0"],
+            "made with harness = 0.4.13, not 0.4.0 (arc_challenge, winogrande, truthfulqa_mc2, …)",
+        ),
+        (["--limit", "3"], "number of documents = 5, not 3 (arc_challenge, winogrande"),
+        (["--evaluate.seed=5"], "seed = 1, not 5 (mt_bench)"),
+        (["--dtype", "bfloat16"], "dtype = float32, not bfloat16"),
+    ],
+)
 def test_results_of_other_settings_are_refused(folder, out, change, message):
     assert message in evaluated(folder, out, *change, fails=True)
 
 
 def test_a_task_of_which_nothing_is_there_may_begin_under_other_settings(folder, tmp_path):
     (tmp_path / "out/partial").mkdir(parents=True)
-    begun = {"origin": {"model": "of before", "dtype": "bfloat16"}, "origins": {"openbookqa": {"harness": "0.4.0"}}, "tasks": {}}
+    begun = {
+        "origin": {"model": "of before", "dtype": "bfloat16"},
+        "origins": {"openbookqa": {"harness": "0.4.0"}},
+        "tasks": {},
+    }
     (tmp_path / "out/summary.json").write_text(json.dumps(begun))
     (tmp_path / "out/partial/openbookqa.rank0.jsonl").touch()
     evaluated(folder, tmp_path / "out", tasks="openbookqa")
@@ -213,7 +253,9 @@ def test_a_task_of_which_nothing_is_there_may_begin_under_other_settings(folder,
     (tmp_path / "other").mkdir()
     (tmp_path / "other/summary.json").write_text(json.dumps(begun))
     write_jsonl(tmp_path / "other/partial/openbookqa.rank0.jsonl", [{"doc": 0}])
-    assert "dtype = bfloat16, not float32" in evaluated(folder, tmp_path / "other", tasks="openbookqa", fails=True)
+    assert "dtype = bfloat16, not float32" in evaluated(
+        folder, tmp_path / "other", tasks="openbookqa", fails=True
+    )
 
 
 def test_results_of_another_model_or_in_a_directory_of_other_things_are_refused(folder, out, tmp_path):
@@ -223,10 +265,27 @@ def test_results_of_another_model_or_in_a_directory_of_other_things_are_refused(
 
 
 def test_missing_data_is_named_with_the_commands_that_get_it_before_anything_runs(folder, tmp_path):
-    output = run_script("evaluate.py", "--model", str(folder / "model"), "--out", str(tmp_path / "out"), "--tasks",
-                        "leaderboard,mt_bench", "--data", str(tmp_path), fails=True)  # fmt: skip
-    command = f"hf download --repo-type dataset allenai/ai2_arc --include 'ARC-Challenge/*' --local-dir {tmp_path}/ai2_arc"
-    assert command in output and f"cais/mmlu --local-dir {tmp_path}/mmlu" in output and "question.jsonl" in output
+    output = run_script(
+        "evaluate.py",
+        "--model",
+        str(folder / "model"),
+        "--out",
+        str(tmp_path / "out"),
+        "--tasks",
+        "leaderboard,mt_bench",
+        "--data",
+        str(tmp_path),
+        fails=True,
+    )
+    command = (
+        "hf download --repo-type dataset allenai/ai2_arc --include 'ARC-Challenge/*' --local-dir "
+        f"{tmp_path}/ai2_arc"
+    )
+    assert (
+        command in output
+        and f"cais/mmlu --local-dir {tmp_path}/mmlu" in output
+        and "question.jsonl" in output
+    )
     assert output.count("hf download") == 6 and not (tmp_path / "out").exists()
 
 
@@ -243,14 +302,18 @@ def test_what_a_model_is_too_short_for_is_refused_before_anything_runs(folder, t
     shutil.copytree(folder / "model", tmp_path / "short")
     file = tmp_path / "short/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 40}))
-    for tasks, message in (("mmlu_virology,gsm8k", "gsm8k: the model reads 40 tokens: no room"),
-                           ("mmlu_virology,truthfulqa_mc2", "parquet:.*: a choice longer than the model reads, 40 tokens")):  # fmt: skip
+    for tasks, message in (
+        ("mmlu_virology,gsm8k", "gsm8k: the model reads 40 tokens: no room"),
+        ("mmlu_virology,truthfulqa_mc2", "parquet:.*: a choice longer than the model reads, 40 tokens"),
+    ):
         output = evaluated(folder, tmp_path / "out", model=tmp_path / "short", tasks=tasks, fails=True)
         assert re.search(message, output) and "token/s" not in output
         assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
-def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iteration_are_its_own(folder, tmp_path, letters):
+def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iteration_are_its_own(
+    folder, tmp_path, letters
+):
     run = tmp_path / "run"
     shutil.copytree(folder / "model", run / "base/model")
     shutil.copytree(folder / "other", run / "iter0/model")
@@ -274,7 +337,10 @@ def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iterati
     )
     output = run_script("evaluate.py", "--config", str(recipe), "--iter", "base,0-1")
     assert {name: set(results(run / f"{name}/evaluation")) for name in ("base", "iter0", "iter1")} == {
-        "base": {"heldout"}, "iter0": {"heldout"}, "iter1": {"heldout", "openbookqa"}}  # fmt: skip
+        "base": {"heldout"},
+        "iter0": {"heldout"},
+        "iter1": {"heldout", "openbookqa"},
+    }
     assert "| iteration 1 |" in output
     more = ["--iter", "0", "--tasks", "heldout,openbookqa,bigbench", "--harness", "0.4.0"]
     run_script("evaluate.py", "--config", str(recipe), *more)
@@ -285,13 +351,48 @@ def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iterati
 @pytest.mark.parametrize(
     "task, where, edit, message",
     [
-        ("arc_challenge", ("ai2_arc", "ARC-Challenge", "test"), lambda r: r[0]["choices"]["text"].pop(), ":1: 3 choices for 4"),
-        ("openbookqa", ("openbookqa", "main", "test"), lambda r: r[3]["choices"]["text"].__setitem__(1, None), ":4: a choice must"),
-        ("arc_challenge", ("ai2_arc", "ARC-Challenge", "test"), lambda r: r[2].update(answerKey="Z"), ":3: the answer key 'Z'"),
-        ("arc_challenge", ("ai2_arc", "ARC-Challenge", "train"), lambda r: r[1].update(answerKey="9"), "train.*:2: the answer"),
-        ("gsm8k", ("gsm8k", "main", "test"), lambda r: [row.pop("answer") for row in r], "no 'answer', found 'question'"),
-        ("winogrande", ("winogrande", "winogrande_xl", "validation"), lambda r: r[0].update(sentence="no gap"), ":1:"),
-        ("mmlu_virology", ("mmlu", "virology", "test"), lambda r: r[0].update(answer=4), ":1: the right answer is number 4"),
+        (
+            "arc_challenge",
+            ("ai2_arc", "ARC-Challenge", "test"),
+            lambda r: r[0]["choices"]["text"].pop(),
+            ":1: 3 choices for 4",
+        ),
+        (
+            "openbookqa",
+            ("openbookqa", "main", "test"),
+            lambda r: r[3]["choices"]["text"].__setitem__(1, None),
+            ":4: a choice must",
+        ),
+        (
+            "arc_challenge",
+            ("ai2_arc", "ARC-Challenge", "test"),
+            lambda r: r[2].update(answerKey="Z"),
+            ":3: the answer key 'Z'",
+        ),
+        (
+            "arc_challenge",
+            ("ai2_arc", "ARC-Challenge", "train"),
+            lambda r: r[1].update(answerKey="9"),
+            "train.*:2: the answer",
+        ),
+        (
+            "gsm8k",
+            ("gsm8k", "main", "test"),
+            lambda r: [row.pop("answer") for row in r],
+            "no 'answer', found 'question'",
+        ),
+        (
+            "winogrande",
+            ("winogrande", "winogrande_xl", "validation"),
+            lambda r: r[0].update(sentence="no gap"),
+            ":1:",
+        ),
+        (
+            "mmlu_virology",
+            ("mmlu", "virology", "test"),
+            lambda r: r[0].update(answer=4),
+            ":1: the right answer is number 4",
+        ),
         ("mmlu_virology", ("mmlu", "virology", "dev"), lambda r: r[0]["choices"].pop(), "dev.*:1:"),
     ],
 )
@@ -310,7 +411,10 @@ def test_an_empty_choice_is_scored_counted_and_never_taken_by_length(folder, tmp
     run_script("evaluate.py", *arguments, "--data", settings["evaluate.data"], "--dtype", "float32")
     row = results(tmp_path / "out")["arc_challenge"][1]
     assert row["scores"][0] < 0 and row["prediction_norm"] != 0
-    assert json.loads((tmp_path / "out/summary.json").read_text())["tasks"]["arc_challenge"]["empty_choices"] == 1
+    assert (
+        json.loads((tmp_path / "out/summary.json").read_text())["tasks"]["arc_challenge"]["empty_choices"]
+        == 1
+    )
 
 
 def test_jsonl_with_the_same_columns_is_read_too(folder, out, tmp_path):
@@ -318,7 +422,10 @@ def test_jsonl_with_the_same_columns_is_read_too(folder, out, tmp_path):
     at = tmp_path / "openbookqa/main"
     (table,) = source.files(folder / "data", "test")
     write_jsonl(at / "test.jsonl", pyarrow.parquet.read_table(table).to_pylist())
-    tasks = [load_tasks(build({"evaluate.tasks": "openbookqa", "evaluate.data": str(d)}))[0] for d in (folder / "data", tmp_path)]
+    tasks = [
+        load_tasks(build({"evaluate.tasks": "openbookqa", "evaluate.data": str(d)}))[0]
+        for d in (folder / "data", tmp_path)
+    ]
     assert tasks[0].documents.questions == tasks[1].documents.questions and len(tasks[1]) == 5
 
 
@@ -339,14 +446,17 @@ def test_two_models_are_compared_document_by_document(folder, out, tmp_path):
     won = [x["doc"] for x, y in zip(a, b) if x["acc"] < y["acc"]]
     p = sign_test(len(won), len(lost))
     means = [sum(row["acc"] for row in part) / 5 for part in (a, b)]
-    values = f"{means[0]:.4f} | {means[1]:.4f} | {means[1] - means[0]:+.4f} | {len(lost)} | {len(won)} | {p:.4f}"
+    values = (
+        f"{means[0]:.4f} | {means[1]:.4f} | {means[1] - means[0]:+.4f} | {len(lost)} | {len(won)} | {p:.4f}"
+    )
     assert f"| mmlu_virology | acc | 5 | {values} |" in text
     assert not won or f"mmlu_virology acc, only B right: {', '.join(map(str, won))}" in text
     assert "| truthfulqa_mc2 | acc | 5 |" in text
 
 
 def test_what_was_not_asked_the_same_is_not_compared(folder, out, tmp_path):
-    evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="truthfulqa_mc2")  # its texts are the same
+    # its texts are the same
+    evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="truthfulqa_mc2")
     with pytest.raises(ValueError, match=r"not asked the same: truthfulqa_mc2 \(another harness, bos\)"):
         compare(out, tmp_path / "old")
     shutil.copytree(out, tmp_path / "part")
@@ -367,7 +477,9 @@ def test_mt_benchs_answers_have_fastchats_form_and_the_second_turn_sees_the_firs
     for row in answers:
         assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= row.keys()
         assert row["choices"][0]["index"] == 0 and len(row["choices"][0]["turns"]) == 2
-    assert len({row["answer_id"] for row in answers}) == 3 and {row["model_id"] for row in answers} == {folder.name}
+    assert len({row["answer_id"] for row in answers}) == 3 and {row["model_id"] for row in answers} == {
+        folder.name
+    }
     assert TEMPERATURES["math"] == 0 and TEMPERATURES["writing"] == 0.7
 
 
@@ -383,7 +495,9 @@ def test_the_second_turn_is_asked_with_the_first_answer(folder):
         def generate(self, prompts, *, temperature, streams, **settings):
             asked.extend((temperature, json.loads(prompt[0])) for prompt in prompts)
             for place, prompt in enumerate(prompts):
-                yield type("Response", (), {"index": place, "ids": [f" answer to {len(json.loads(prompt[0]))} "]})
+                yield type(
+                    "Response", (), {"index": place, "ids": [f" answer to {len(json.loads(prompt[0]))} "]}
+                )
 
     asked = []
     task = MTBench(build({"evaluate.data": str(folder / "data")}).evaluate, Data(), "zephyr")
@@ -399,17 +513,31 @@ def test_mc2_of_the_papers_harness_ends_at_the_first_false_answer():
     task = BENCHMARKS["truthfulqa_mc2"]
     row = {"question": "q", "mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
     mass = [math.exp(-1), math.exp(-2), math.exp(-3)]
-    measured = lambda harness: task.measured(task.question(row), [-1.0, -2.0, -3.0], harness)["acc"]  # noqa: E731
+
+    def measured(harness):
+        return task.measured(task.question(row), [-1.0, -2.0, -3.0], harness)["acc"]
+
     assert measured("0.4.13") == pytest.approx((mass[0] + mass[2]) / sum(mass))
     assert measured("0.4.0") == pytest.approx(mass[0] / sum(mass))
     assert math.isnan(task.measured(task.question(row), [-800.0, -900.0, -850.0], "0.4.13")["acc"])
 
 
 def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
-    verdict = lambda model, turn, score: {"question_id": 81, "model": model, "turn": turn, "score": score}  # noqa: E731
-    scores = [verdict("a", 1, 8), verdict("a", 1, 6), verdict("a", 2, 4), verdict("a", 2, -1), verdict("b", 1, 10)]
+    def verdict(model, turn, score):
+        return {"question_id": 81, "model": model, "turn": turn, "score": score}
+
+    scores = [
+        verdict("a", 1, 8),
+        verdict("a", 1, 6),
+        verdict("a", 2, 4),
+        verdict("a", 2, -1),
+        verdict("b", 1, 10),
+    ]
     write_jsonl(tmp_path / "gpt-4_single.jsonl", scores)
-    assert read_judgments(tmp_path) == {"a": {"turn 1": 7, "turn 2": 4, "average": 6}, "b": {"turn 1": 10, "average": 10}}
+    assert read_judgments(tmp_path) == {
+        "a": {"turn 1": 7, "turn 2": 4, "average": 6},
+        "b": {"turn 1": 10, "average": 10},
+    }
     write_jsonl(tmp_path / "gpt-4_single.jsonl", [{"winner": "model_1"}])
     with pytest.raises(ValueError, match="single.jsonl:1: a verdict needs"):
         read_judgments(tmp_path)
@@ -419,8 +547,10 @@ def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
 
 
 def test_unknown_tasks_and_harnesses_are_refused():
-    for settings, message in (({"evaluate.tasks": "hellaswog"}, "unknown task 'hellaswog'"),
-                              ({"evaluate.tasks": "mmlu", "evaluate.harness": "0.4.1"}, "is not one of 0.4.13, 0.4.0")):  # fmt: skip
+    for settings, message in (
+        ({"evaluate.tasks": "hellaswog"}, "unknown task 'hellaswog'"),
+        ({"evaluate.tasks": "mmlu", "evaluate.harness": "0.4.1"}, "is not one of 0.4.13, 0.4.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_tasks(build(settings))
 

@@ -18,19 +18,29 @@ from spin.evaluation.tasks import BENCHMARKS, GSM8K, MMLU, MMLU_GROUPS
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
-shared = pytest.mark.skipif(not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here")
-TASKS = [name for name in BENCHMARKS if not name.startswith("mmlu")] + ["mmlu_anatomy", "mmlu_sociology", "mmlu_virology"]
+shared = pytest.mark.skipif(
+    not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here"
+)
+TASKS = [name for name in BENCHMARKS if not name.startswith("mmlu")] + [
+    "mmlu_anatomy",
+    "mmlu_sociology",
+    "mmlu_virology",
+]
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory, mistral_tokenizer):
-    """A random model of 640 tokens' length, in which some contexts are cut, with Mistral's tokenizer; and documents."""
+    """A random model of 640 tokens' length, in which some contexts are cut, with Mistral's tokenizer; and
+    documents.
+    """
     from benchmarks.harness import write_documents, write_tokenizer_json
 
     folder = tmp_path_factory.mktemp("harness")
-    config = small_config(vocab_size=32000, max_position_embeddings=640, sliding_window=None, bos_token_id=1, eos_token_id=2)
+    config = small_config(
+        vocab_size=32000, max_position_embeddings=640, sliding_window=None, bos_token_id=1, eos_token_id=2
+    )
     model = Mistral(config).init_weights(0)
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.dim() > 1:  # wide enough that attention is far from uniform
             weight.data.mul_(0.3 / weight.data.std())
     save_model(model, folder / "model", torch.float32)
@@ -47,15 +57,28 @@ def both(request, asked):
 
     harness = request.param
     paper = harness == "0.4.0"
-    theirs = run_harness(asked / "model", TASKS, asked / "data", asked / f"tasks{harness}", paper=paper, limit=11)
+    theirs = run_harness(
+        asked / "model", TASKS, asked / "data", asked / f"tasks{harness}", paper=paper, limit=11
+    )
     out = asked / f"out{harness}"
     run_script("evaluate.py", *ours(asked, TASKS, out, "--harness", harness, "--limit", "11"))
     return harness, theirs, out
 
 
 def ours(asked, tasks, out, *more, data=None):
-    return ["--model", str(asked / "model"), "--tasks", ",".join(tasks), "--data", str(data or asked / "data"),
-            "--out", str(out), "--dtype", "float32", *more]  # fmt: skip
+    return [
+        "--model",
+        str(asked / "model"),
+        "--tasks",
+        ",".join(tasks),
+        "--data",
+        str(data or asked / "data"),
+        "--out",
+        str(out),
+        "--dtype",
+        "float32",
+        *more,
+    ]
 
 
 def rows(out: Path, name: str) -> list[dict]:
@@ -124,9 +147,24 @@ def test_awkward_texts_are_encoded_line_by_line_as_in_one(mistral_tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    ["so 3 + 4 = 7\n#### 7", "#### -1,234.50.", "#### $18.00", "it is 18.0", "18 and then $1,000.", "none", "...", "#### 5 #### 6",
-     "-.5", "####7", "#### 7.", "costs $ 7", "1,2,3", "#### abc 3", "#### 18 dollars, 19"],
-)  # fmt: skip
+    [
+        "so 3 + 4 = 7\n#### 7",
+        "#### -1,234.50.",
+        "#### $18.00",
+        "it is 18.0",
+        "18 and then $1,000.",
+        "none",
+        "...",
+        "#### 5 #### 6",
+        "-.5",
+        "####7",
+        "#### 7.",
+        "costs $ 7",
+        "1,2,3",
+        "#### abc 3",
+        "#### 18 dollars, 19",
+    ],
+)
 @pytest.mark.parametrize("answer", ["work\n#### 18", "#### -1,234.5", "x\n#### 7", "#### 1000", "#### 5"])
 def test_numbers_are_found_and_compared_as_the_harness_does(text, answer):
     from lm_eval.api.metrics import exact_match_hf_evaluate
@@ -141,7 +179,9 @@ def test_numbers_are_found_and_compared_as_the_harness_does(text, answer):
     for suffix, filter in found.items():
         ((extracted,),) = filter.apply([[text]], [{}])
         assert row[f"prediction{suffix}"] == extracted
-        same = exact_match_hf_evaluate([extracted], [answer], regexes_to_ignore=ignored, ignore_case=True)["exact_match"]
+        same = exact_match_hf_evaluate([extracted], [answer], regexes_to_ignore=ignored, ignore_case=True)[
+            "exact_match"
+        ]
         assert row[f"exact_match{suffix}"] == same
 
 
@@ -150,10 +190,16 @@ def test_mmlus_means_and_errors_are_the_harnesss():
 
     names = list(MMLU)[:9] + ["virology"]
     tasks = {
-        f"mmlu_{name}": {"acc": 0.2 + 0.05 * i, "acc_stderr": 0.01 + 0.003 * i, "documents": 30 + 7 * i, "few_shot": 5,
-                         "harness": "0.4.13", "truncated": 0}
+        f"mmlu_{name}": {
+            "acc": 0.2 + 0.05 * i,
+            "acc_stderr": 0.01 + 0.003 * i,
+            "documents": 30 + 7 * i,
+            "few_shot": 5,
+            "harness": "0.4.13",
+            "truncated": 0,
+        }
         for i, name in enumerate(names)
-    }  # fmt: skip
+    }
     errors, sizes = ([task[key] for task in tasks.values()] for key in ("acc_stderr", "documents"))
     group = mmlu_groups(tasks, tasks)["mmlu"]
     assert group["acc_stderr"] == pytest.approx(pooled_sample_stderr(errors, sizes))

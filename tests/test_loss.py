@@ -55,7 +55,9 @@ def tabular_minimum(p_data, p_opponent, beta):
     """Minimise E_{y ~ data, y' ~ opponent} spin_loss over a softmax policy, the expectation taken exactly."""
     opponent = p_opponent.log()
     logits = opponent.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()

@@ -17,7 +17,9 @@ SHAPES = {
     "gqa 1": dict(num_key_value_heads=4),
     "gqa 4": dict(num_key_value_heads=1),
     "gqa 8": dict(num_attention_heads=8, num_key_value_heads=1),
-    "gqa 8, tied, window": dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True, sliding_window=6),
+    "gqa 8, tied, window": dict(
+        num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True, sliding_window=6
+    ),
     "tied": dict(tie_word_embeddings=True),
     "wide heads": dict(head_dim=16),
     "window": dict(sliding_window=5),
@@ -85,7 +87,9 @@ def test_cached_ragged_decoding_equals_a_full_forward(shape):
         logits = model(prefill, positions, Segments.causal(prompts), cache, slots, at=last)
         for step in range(8):
             for row in range(3):
-                torch.testing.assert_close(logits[row], expected[row][prompts[row] - 1 + step], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    logits[row], expected[row][prompts[row] - 1 + step], atol=1e-4, rtol=1e-4
+                )
             tokens = torch.tensor([s[n + step] for s, n in zip(sequences, prompts)])
             at = torch.tensor(prompts) + step
             cache.longest = int(at.max()) + 1
@@ -137,7 +141,9 @@ def test_chunked_log_softmax_and_its_gradient_are_torchs(chunk):
 
 
 def test_recomputing_blocks_changes_no_gradient():
-    item = Item(random_ids(random.Random(4), 6), (random_ids(random.Random(5), 5), random_ids(random.Random(6), 9)))
+    item = Item(
+        random_ids(random.Random(4), 6), (random_ids(random.Random(5), 5), random_ids(random.Random(6), 9))
+    )
     gradients = []
     for checkpointing in ("none", "selective", "full"):
         model = small_model()

@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def trained(recipe, tmp_path_factory):
-    """(arguments of train.py for a run of its own, the undisturbed run): 140 steps on given pairs, two ranks."""
+    """(arguments of train.py, the undisturbed run): 140 steps on given pairs, two ranks."""
     folder = tmp_path_factory.mktemp("nodes")
     run_script("train.py", *recipe(folder / "base"), "--sft")
     base = f"--model.base={folder}/base/base/model"
@@ -26,7 +26,12 @@ def trained(recipe, tmp_path_factory):
     pairs = f"--data.pairs={folder}/pairs/iter0/generated"
 
     def arguments(run, *more):
-        longer = ("--data.num_prompts=0", "--train.epochs=20", "--evaluate.heldout=", "--train.checkpoint_every=25")
+        longer = (
+            "--data.num_prompts=0",
+            "--train.epochs=20",
+            "--evaluate.heldout=",
+            "--train.checkpoint_every=25",
+        )
         return [*recipe(run, base, pairs, *longer, *more), "--iter", "0"]
 
     run_script("train.py", *arguments(folder / "whole"), ranks=2)
@@ -35,7 +40,12 @@ def trained(recipe, tmp_path_factory):
 
 def start(arguments, **options):
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment() | options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments,
+        cwd=ROOT,
+        env=environment() | options,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -62,7 +72,10 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_and_the_same_command_goes_on(tr
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     (last,) = (path.name for path in (run / "checkpoints").iterdir() if path.name > "step-000025")
-    assert process.returncode and f"stopped after step {int(last[5:])} of 140; the same command goes on" in output
+    assert (
+        process.returncode
+        and f"stopped after step {int(last[5:])} of 140; the same command goes on" in output
+    )
     assert len(metrics(run)) == int(last[5:]) < 140
     run_script("train.py", *arguments(tmp_path / "run"), ranks=2)
     assert_same(run, whole)
@@ -137,8 +150,17 @@ def free_port() -> int:
 
 def test_two_agents_share_a_run_with_a_copy_of_the_model_on_each(trained, tmp_path):
     arguments, whole = trained
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
-              "--rdzv-id=test", f"--rdzv-endpoint=127.0.0.1:{free_port()}", str(ROOT / "train.py")]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=test",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        str(ROOT / "train.py"),
+    ]
     agents = [start([*launch, *arguments(tmp_path / "run", "--run.shard_size=2")]) for _ in range(2)]
     outputs = [agent.communicate()[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
@@ -153,7 +175,8 @@ def test_a_shard_size_that_does_not_divide_the_ranks_is_refused(trained, tmp_pat
 
 FAKES = {
     "scontrol": 'case $1 in show) echo localhost; echo localhost;; requeue) echo "queued again: $2";; esac',
-    "srun": 'while [[ $1 == --* ]]; do shift; done; for n in 0 1; do "$@" & echo $! >> $AGENTS; done; s=0; for p in $(cat $AGENTS); do wait $p || s=$?; done; exit $s',
+    "srun": 'while [[ $1 == --* ]]; do shift; done; for n in 0 1; do "$@" & echo $! >> $AGENTS; done; s=0; '
+    "for p in $(cat $AGENTS); do wait $p || s=$?; done; exit $s",
     "scancel": "kill -TERM $(cat $AGENTS)",
 }
 
@@ -165,9 +188,15 @@ def test_the_slurm_script_leaves_a_checkpoint_when_time_is_up_and_is_queued_agai
         (tmp_path / name).chmod(0o755)
     run = tmp_path / "run/iter0"
     settings = dict(
-        PATH=f"{tmp_path}:{BIN}:{os.environ['PATH']}", AGENTS=str(tmp_path / "agents"), GPUS="1", PORT=str(free_port()),
-        SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT),
-    )  # fmt: skip
+        PATH=f"{tmp_path}:{BIN}:{os.environ['PATH']}",
+        AGENTS=str(tmp_path / "agents"),
+        GPUS="1",
+        PORT=str(free_port()),
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_NNODES="2",
+        SLURM_JOB_ID="77",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
     process = start(["bash", str(ROOT / "configs/slurm.sh"), *arguments(tmp_path / "run")], **settings)
     wait_for(process, lambda: count_lines(run / "metrics.jsonl") >= 30)
     process.send_signal(signal.SIGUSR1)
@@ -175,7 +204,11 @@ def test_the_slurm_script_leaves_a_checkpoint_when_time_is_up_and_is_queued_agai
     assert "queued again: 77" in output and "stopped after step" in output
     assert not (run / "model").exists()
     (tmp_path / "agents").unlink()
-    process = start(["bash", str(ROOT / "configs/slurm.sh"), *arguments(tmp_path / "run")], SLURM_RESTART_COUNT="1", **settings)
+    process = start(
+        ["bash", str(ROOT / "configs/slurm.sh"), *arguments(tmp_path / "run")],
+        SLURM_RESTART_COUNT="1",
+        **settings,
+    )
     output = process.communicate()[0]
     assert process.returncode == 0 and "queued again" not in output, output
     assert_same(run, whole, exactly=False)

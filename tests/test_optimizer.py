@@ -31,7 +31,9 @@ def test_steps_are_torchs_to_the_bit_in_any_chunk(chunk):
 
 def test_rounding_is_to_a_neighbour_and_right_on_average():
     exact = torch.tensor([1.0, 1.001, 1.007, 3.3e-9, 0.0, 7.77e20])
-    draws = torch.stack([randomly_rounded(exact.clone(), torch.Generator().manual_seed(i)) for i in range(20_000)]).float()
+    draws = torch.stack(
+        [randomly_rounded(exact.clone(), torch.Generator().manual_seed(i)) for i in range(20_000)]
+    ).float()
     for i, value in enumerate(exact.tolist()):
         below = torch.tensor(value).view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).item()
         above = torch.tensor(below).view(torch.int32).add(1 << 16).view(torch.float32).item()
@@ -61,5 +63,7 @@ def test_a_bf16_second_moment_converges_where_rounding_to_the_nearest_stays():
 def test_the_random_bits_depend_on_step_and_place_alone():
     one, other = (trajectory(RMSprop, second_moment=torch.bfloat16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one[0], other[0]))
-    state = [optimizer.state[weight]["square_avg"] for weights, optimizer in (one, other) for weight in weights]
+    state = [
+        optimizer.state[weight]["square_avg"] for weights, optimizer in (one, other) for weight in weights
+    ]
     assert state[0].dtype == torch.bfloat16 and torch.equal(state[0], state[3])

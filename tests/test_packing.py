@@ -23,7 +23,9 @@ def test_the_layout_of_two_pairs_written_out():
 def test_packed_length_is_what_an_item_takes():
     rng = random.Random(0)
     for _ in range(20):
-        item = Item(random_ids(rng, rng.randint(1, 9)), tuple(random_ids(rng, rng.randint(1, 9)) for _ in range(3)))
+        item = Item(
+            random_ids(rng, rng.randint(1, 9)), tuple(random_ids(rng, rng.randint(1, 9)) for _ in range(3))
+        )
         assert len(pack([item]).tokens) == item.packed_length
 
 
@@ -54,7 +56,8 @@ def test_flops_are_those_counted_by_hand(window):
     c = small_config(sliding_window=window)  # E 32, F 64, 3 layers, 4 heads of 8, 2 key heads, V 97
     item = Item([5] * 7, ([6] * 5, [7] * 4))
     weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
-    positions = [*range(7), *range(7, 11), *range(7, 10)]  # 14 tokens: a response's last one is not in the stream
+    # 14 tokens: a response's last one is not in the stream
+    positions = [*range(7), *range(7, 11), *range(7, 10)]
     seen = sum(min(position + 1, window or 99) for position in positions)
     assert flops(c, item) == 3 * (2 * weights * 14 + 4 * 4 * 8 * seen) + 2 * 97 * 32 * 9
 

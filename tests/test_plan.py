@@ -19,7 +19,9 @@ from spin.optimizer import RMSprop
 from spin.packing import Item, pack
 from spin.plan import Memory, Plan
 
-WIDE = small_config(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)
+WIDE = small_config(
+    vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64
+)
 COUNT = 2 * 4096 * 512 + 512 + 3 * (512 * (2 * 512 + 2 * 128) + 3 * 512 * 1536 + 2 * 512)
 
 
@@ -34,7 +36,8 @@ def two_steps(mode, checkpointing, second_moment) -> list[dict[str, int]]:
                 memory.name("parameters", model.parameters())
                 for _ in range(2):
                     packed = pack([item, item])
-                    packed.segments = Segments.causal([20, 20])  # which the plain twin computes without a mask
+                    # which the plain twin computes without a mask
+                    packed.segments = Segments.causal([20, 20])
                     loss = response_logps(model, packed, 8).sum()
                     memory.name_rest("activations")
                     loss.backward()
@@ -49,7 +52,9 @@ def two_steps(mode, checkpointing, second_moment) -> list[dict[str, int]]:
 @pytest.mark.parametrize("second_moment", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_without_values_the_memory_is_that_of_a_run_with_values(checkpointing, second_moment):
-    without, real = (two_steps(mode, checkpointing, second_moment)[1] for mode in (FakeTensorMode(), nullcontext()))
+    without, real = (
+        two_steps(mode, checkpointing, second_moment)[1] for mode in (FakeTensorMode(), nullcontext())
+    )
     assert without == real and real["activations"] > 0
 
 
@@ -61,7 +66,9 @@ def plan(world_size=8, shard_size=0, **changes):
 
 @pytest.mark.parametrize("world_size, shard_size, shards", [(1, 0, 1), (8, 0, 8), (64, 0, 64), (64, 8, 8)])
 @pytest.mark.parametrize("second_moment, size", [("float32", 4), ("bfloat16", 2)])
-def test_parameters_gradients_and_moments_are_shared_by_the_shards(world_size, shard_size, shards, second_moment, size):
+def test_parameters_gradients_and_moments_are_shared_by_the_shards(
+    world_size, shard_size, shards, second_moment, size
+):
     config, group = plan(world_size, shard_size, second_moment=second_moment)
     with group as ranks:
         memory = Plan(config, WIDE, ranks).train(1024)
@@ -79,7 +86,8 @@ def test_full_checkpointing_keeps_a_blocks_input_and_less_than_the_others():
                 activations[checkpointing, layers] = made.train(2048)["activations"]
     of_a_block = {kind: (activations[kind, 5] - activations[kind, 2]) / 3 for kind, _ in activations}
     assert of_a_block["full"] == 2048 * 512 * 2  # its input in bf16
-    products = 2 * 512 + 2 * 128 + 512 + 2 * 1536  # q, attention, k and v, what is added to the stream, gate and up
+    # q, attention, k and v, what is added to the stream, gate and up
+    products = 2 * 512 + 2 * 128 + 512 + 2 * 1536
     assert of_a_block["selective"] >= 2048 * products * 2 + of_a_block["full"]
     # Both norms' inputs and results, q, k, v and attention; gate, up and their product.
     kept = 2048 * 2 * (4 * 512 + 2 * 512 + 2 * 128 + 3 * 1536)

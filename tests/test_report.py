@@ -16,7 +16,14 @@ from spin.talk import side_by_side
 def evaluation(directory, greedy, sampled):
     metrics = {"exact_match": greedy, "exact_match_sampled": sampled, "logp": -1.0, "documents": 2}
     metrics |= {f"{name}_stderr": 0.01 for name in ("exact_match", "exact_match_sampled", "logp")}
-    row = {"prompt": "a|b", "target": "x", "text": "x", "sampled": "y\nz", "exact_match": 1, "exact_match_sampled": 0}
+    row = {
+        "prompt": "a|b",
+        "target": "x",
+        "text": "x",
+        "sampled": "y\nz",
+        "exact_match": 1,
+        "exact_match_sampled": 0,
+    }
     write_jsonl(directory / "evaluation" / "heldout.jsonl", [row | {"doc": 0}, row | {"doc": 1}])
     (directory / "evaluation" / "summary.json").write_text(json.dumps({"tasks": {"heldout": metrics}}))
 
@@ -67,7 +74,11 @@ def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
     with open(file, "a") as log:
         log.write('{"step": 21, "lo')  # a line of which half is there
     done = subprocess.run(
-        [sys.executable, "-m", "spin.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "spin.report", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert str(tmp_path / "report.md") in done.stderr and "| 0 | 20 |" in (tmp_path / "report.md").read_text()
     assert is_picture(tmp_path / "training.png") and (tmp_path / "training.png").read_bytes() != without
@@ -92,7 +103,14 @@ def test_answers_stand_side_by_side_or_one_below_the_other():
 
 def benchmark_results(directory, shift, tasks=tuple(name for name, *_ in LEADERBOARD), divisor=1):
     metrics = ("acc", "acc_norm", "exact_match", "acc_by_subject")
-    task = {"documents": 100, "few_shot": 5, "harness": "0.4.0", "truncated": 2, "subjects": 6, "of_subjects": 57}
+    task = {
+        "documents": 100,
+        "few_shot": 5,
+        "harness": "0.4.0",
+        "truncated": 2,
+        "subjects": 6,
+        "of_subjects": 57,
+    }
     task |= {metric: 0.5 + shift for metric in metrics} | {f"{metric}_stderr": 0.05 for metric in metrics}
     directory.mkdir(parents=True)
     sizes = {name: count for (name, *_), count in zip(LEADERBOARD, DOCUMENTS)}
@@ -127,7 +145,9 @@ def test_parts_of_the_tasks_are_not_set_against_the_papers_whole_ones(tmp_path):
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, divisor=10)
     text = write_report(tmp_path).read_text()
     assert "| — difference |  |  |  |  |  |  |  |" in text and "| — difference | -10.41 |" in text
-    assert "SFT model: Scored as" in text and "iteration 0: Scored as" in text and "arc_challenge 117," in text
+    assert (
+        "SFT model: Scored as" in text and "iteration 0: Scored as" in text and "arc_challenge 117," in text
+    )
 
 
 def test_judgments_stand_in_the_report(tmp_path):
@@ -141,7 +161,9 @@ def test_judgments_stand_in_the_report(tmp_path):
 
 
 def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
-    turns = lambda text, answer: [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]  # noqa: E731
+    def turns(text, answer):
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
     prompts = ["In Southampton, how do people commute?", "another prompt"]
     for n, said in enumerate(("55% of commuters use cars", "most commuters use buses and trains")):
         pairs = [{"real": turns(text, "mostly buses"), "generated": turns(text, said)} for text in prompts]

@@ -30,14 +30,23 @@ def test_each_operator_is_charged_its_bytes_or_its_flops():
     assert x == {"_to_copy": pytest.approx(2 * 100 * (4 + 2) / 1e3)}  # allocating is nothing
     assert charged(lambda: torch.empty(100).view(10, 10).t()[2:]) == {}  # nor is a view
     assert charged(lambda: torch.empty(100).mul_(torch.empty(100))) == {"mul_": pytest.approx(3 * 400 / 1e3)}
-    assert charged(lambda: torch.empty(100).copy_(torch.empty(100))) == {"copy_": pytest.approx(2 * 400 / 1e3)}
-    assert charged(lambda: torch.empty(50, 8)[torch.empty(3, dtype=torch.int64)])["index"] == pytest.approx(2 * 96 / 1e3)
+    assert charged(lambda: torch.empty(100).copy_(torch.empty(100))) == {
+        "copy_": pytest.approx(2 * 400 / 1e3)
+    }
+    assert charged(lambda: torch.empty(50, 8)[torch.empty(3, dtype=torch.int64)])["index"] == pytest.approx(
+        2 * 96 / 1e3
+    )
 
 
 def test_keys_seen_are_those_of_every_token_of_a_pair():
     pairs = [Item([1] * 5, ([1] * 4, [1] * 7)), Item([1] * 9, ([1], [1] * 2))]
     by_hand = sum(place + 1 for item in pairs for place in range(len(item.prompt)))
-    by_hand += sum(len(item.prompt) + i + 1 for item in pairs for response in item.responses for i in range(len(response) - 1))
+    by_hand += sum(
+        len(item.prompt) + i + 1
+        for item in pairs
+        for response in item.responses
+        for i in range(len(response) - 1)
+    )
     assert seen(pack(pairs).segments) == by_hand
     assert seen(Segments.causal([3, 2])) == 6 + 3
 
@@ -51,8 +60,14 @@ def test_products_are_the_useful_flops_and_those_done_again(checkpointing, forwa
     useful = sum(flops(shape.config, item) for item in batch)
     heads = shape.config.num_attention_heads * shape.config.head_dim
     attention = 4 * shape.config.num_hidden_layers * heads * seen(pack(batch).segments)
-    head = 2 * shape.config.vocab_size * shape.config.hidden_size * sum(len(r) for item in batch for r in item.responses)
-    expected = forwards * (useful - attention - head) + 4 * head  # of the head the logits are computed again, in any case
+    head = (
+        2
+        * shape.config.vocab_size
+        * shape.config.hidden_size
+        * sum(len(r) for item in batch for r in item.responses)
+    )
+    # of the head the logits are computed again, in any case
+    expected = forwards * (useful - attention - head) + 4 * head
     if checkpointing == "full":  # a block's last product is not: nothing needs it
         last = shape.config.num_hidden_layers * shape.config.hidden_size * shape.config.intermediate_size
         expected -= 2 * last * len(pack(batch).tokens)
@@ -65,9 +80,13 @@ def test_a_decoding_step_reads_the_weights_and_what_the_slots_hold():
     width, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     e, f = config.hidden_size, config.intermediate_size
     block = [(e, width), (e, kv), (e, kv), (width, e), (e, f), (e, f), (f, e)]
-    elements = sum(a * b + slots * (a + b) for a, b in config.num_hidden_layers * block + [(e, config.vocab_size)])
+    elements = sum(
+        a * b + slots * (a + b) for a, b in config.num_hidden_layers * block + [(e, config.vocab_size)]
+    )
     assert of.seconds["mm"] * 1e6 == pytest.approx(2 * elements)
-    assert of.seconds["_flash_attention_forward"] * 1e6 == pytest.approx(2 * slots * 50 * kv * 2 * config.num_hidden_layers)
+    assert of.seconds["_flash_attention_forward"] * 1e6 == pytest.approx(
+        2 * slots * 50 * kv * 2 * config.num_hidden_layers
+    )
 
 
 def test_operators_that_return_nothing_are_charged_too():
@@ -78,7 +97,8 @@ def test_operators_that_return_nothing_are_charged_too():
     of = training(shape, Rates(matmul=1e30, copy=1e6), items, 4096, {"activation_checkpointing": "none"})
     with torch.device("meta"):
         count = sum(weight.numel() for weight in Mistral(shape.config).parameters())
-    assert of.seconds["chunk_cat"] * 1e6 == pytest.approx((2 + 4) * count, rel=1e-3)  # a gradient in bf16, to fp32
+    # a gradient in bf16, to fp32
+    assert of.seconds["chunk_cat"] * 1e6 == pytest.approx((2 + 4) * count, rel=1e-3)
 
 
 def test_scoring_is_a_forward_pass():

@@ -12,7 +12,14 @@ import model.sampler as sampler
 from model.attention import Segments
 from model.kv_cache import KVCache, free_memory
 from model.sampler import (
-    at_quantiles, counter_uniform, fitting_slots, generate, generate_stream, generate_tokens, restricted, sample,
+    at_quantiles,
+    counter_uniform,
+    fitting_slots,
+    generate,
+    generate_stream,
+    generate_tokens,
+    restricted,
+    sample,
 )
 
 PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4)]
@@ -20,9 +27,13 @@ PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4
 
 @pytest.mark.parametrize(
     "shape",
-    [dict(sliding_window=16), dict(num_key_value_heads=4), dict(num_attention_heads=8, num_key_value_heads=1),
-     dict(num_key_value_heads=1, tie_word_embeddings=True)],
-)  # fmt: skip
+    [
+        dict(sliding_window=16),
+        dict(num_key_value_heads=4),
+        dict(num_attention_heads=8, num_key_value_heads=1),
+        dict(num_key_value_heads=1, tie_word_embeddings=True),
+    ],
+)
 def test_64_greedy_tokens_equal_transformers_generate_on_32_ragged_prompts(shape):
     model = small_model(**shape)
     other = reference(model)
@@ -34,7 +45,8 @@ def test_64_greedy_tokens_equal_transformers_generate_on_32_ragged_prompts(shape
             torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert response == theirs[0, len(prompt) :].tolist()
-    assert len({tuple(response[-8:]) for response in ours}) > 16  # and it is no single cycle that they all end in
+    # and it is no single cycle that they all end in
+    assert len({tuple(response[-8:]) for response in ours}) > 16
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=0.7, top_p=0.8)])
@@ -70,7 +82,9 @@ def test_a_response_ends_with_end_of_sequence_or_at_the_limit():
         assert cut == (whole[: whole.index(eos) + 1] if eos in whole else whole)
     assert any(len(response) < 20 for response in ended)
     first = generate_stream(model, PROMPTS, max_new_tokens=1)
-    assert {r.index: r.ids for r in first} == {i: r[:1] for i, r in enumerate(generate(model, PROMPTS, max_new_tokens=3))}
+    assert {r.index: r.ids for r in first} == {
+        i: r[:1] for i, r in enumerate(generate(model, PROMPTS, max_new_tokens=3))
+    }
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen():
@@ -86,8 +100,14 @@ def test_no_prompts_and_impossible_ones():
     assert generate(model, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[5], []], max_new_tokens=4)
-    for bad in (dict(top_p=0.0), dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(samples=0),
-                dict(slots=-1)):  # fmt: skip
+    for bad in (
+        dict(top_p=0.0),
+        dict(temperature=-1),
+        dict(temperature=float("nan")),
+        dict(top_k=-1),
+        dict(samples=0),
+        dict(slots=-1),
+    ):
         with pytest.raises(ValueError, match="need max_new_tokens"):
             generate(model, [[5]], **dict(max_new_tokens=1) | bad)
     with pytest.raises(ValueError, match="need max_new_tokens"):
@@ -122,7 +142,9 @@ def full_forward_logps(model, prompt, response) -> torch.Tensor:
 @pytest.mark.parametrize("slots", [dict(slots=1), dict(slots=4), dict(slots=4, fixed_slots=True)])
 def test_returned_log_probabilities_are_a_full_forwards(settings, slots):
     model = small_model(sliding_window=16)
-    responses = list(generate_stream(model, PROMPTS, max_new_tokens=30, logps=True, seed=3, eos_id=9, **settings, **slots))
+    responses = list(
+        generate_stream(model, PROMPTS, max_new_tokens=30, logps=True, seed=3, eos_id=9, **settings, **slots)
+    )
     assert sorted(response.index for response in responses) == list(range(len(PROMPTS)))
     for response in responses:
         expected = full_forward_logps(model, PROMPTS[response.index], response.ids)
@@ -165,7 +187,9 @@ def test_ten_thousand_prompts_of_one_token():
     model = small_model(vocab_size=40, num_hidden_layers=1)
     prompts = [[3 + i % 37] for i in range(10_000)]
     responses = generate(model, prompts, max_new_tokens=3, slots=128, eos_id=7)
-    expected = {prompt[0]: generate(model, [prompt], max_new_tokens=3, eos_id=7)[0] for prompt in prompts[:37]}
+    expected = {
+        prompt[0]: generate(model, [prompt], max_new_tokens=3, eos_id=7)[0] for prompt in prompts[:37]
+    }
     assert responses == [expected[prompt[0]] for prompt in prompts]
 
 
@@ -178,9 +202,13 @@ def test_all_responses_end_at_once(fixed):
 
 
 def test_prompts_are_read_while_others_decode_and_a_freed_slot_is_used_at_once():
-    """One forward pass has the decoding rows and the new prompts: no step is spent on a prompt alone, but for the first."""
+    """One forward pass has the decoding rows and the new prompts: no step is spent on a prompt alone, but for
+    the first.
+    """
     model, passes = small_model(), []
-    model.register_forward_pre_hook(lambda _, args: passes.append((len(args[0]), args[2].q_offsets if args[2] else None)))
+    model.register_forward_pre_hook(
+        lambda _, args: passes.append((len(args[0]), args[2].q_offsets if args[2] else None))
+    )
     prompts = [random_ids(random.Random(n), 6) for n in range(4)]
     generate(model, prompts, max_new_tokens=3, slots=2)
     # Two prompts; two steps of both; the next two prompts in their place; two steps.
@@ -191,22 +219,30 @@ def test_prompts_are_read_while_others_decode_and_a_freed_slot_is_used_at_once()
     assert eos not in (free[0][0], *free[1][:2])  # prompt 0 ends at its second token, prompt 1 does not
     passes.clear()
     generate(model, prompts[:3], max_new_tokens=3, slots=2, eos_id=eos)
-    assert passes[:3] == [(12, [0, 6, 12]), (2, None), (1 + 6, [0, 6])]  # prompt 2 beside prompt 1's third token
+    # prompt 2 beside prompt 1's third token
+    assert passes[:3] == [(12, [0, 6, 12]), (2, None), (1 + 6, [0, 6])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_fixed_slots_the_company_moves_no_bit(dtype):
-    # Wide enough that matrix products of different heights take different paths, as they do without fixed slots.
+    # Wide enough that matrix products of different heights take different paths, as they do without fixed
+    # slots.
     model = small_model(hidden_size=256, intermediate_size=640, vocab_size=1000, head_dim=64).to(dtype)
     rng = random.Random(0)
     prompts = [random_ids(rng, rng.randrange(1, 60), 1000) for _ in range(24)]
-    settings = dict(max_new_tokens=24, temperature=1.0, eos_id=2, logps=True, slots=6, fixed_slots=True, slot_length=90)
+    settings = dict(
+        max_new_tokens=24, temperature=1.0, eos_id=2, logps=True, slots=6, fixed_slots=True, slot_length=90
+    )
     order = rng.sample(range(24), 10)
 
     def moved(**changes):
-        """How many of ten prompts differ, in text or log-probabilities, when they are asked alone in another order."""
+        """How many of ten prompts differ, in text or log-probabilities, when they are asked alone in another
+        order.
+        """
         whole = sorted(generate_stream(model, prompts, **settings | changes))
-        part = sorted(generate_stream(model, [prompts[i] for i in order], streams=order, **settings | changes))
+        part = sorted(
+            generate_stream(model, [prompts[i] for i in order], streams=order, **settings | changes)
+        )
         return sum(a[1:] != whole[i][1:] for a, i in zip(part, order, strict=True))
 
     assert moved() == 0
@@ -214,7 +250,8 @@ def test_with_fixed_slots_the_company_moves_no_bit(dtype):
 
 
 def test_slots_are_as_many_as_memory_holds():
-    model = small_model()  # 3 layers, 2 key heads of 8, fp32: keys and values of a token take 2 * 3 * 2 * 8 * 4 bytes
+    # 3 layers, 2 key heads of 8, fp32: keys and values of a token take 2 * 3 * 2 * 8 * 4 bytes
+    model = small_model()
     assert KVCache.bytes_per_slot(model.config, 100, torch.float32) == 100 * 384
     cache = KVCache(model.config, 5, 100, torch.float32)
     assert cache.k.nbytes + cache.v.nbytes == 5 * 100 * 384
@@ -233,7 +270,9 @@ def test_steps_replayed_for_a_few_slot_counts_give_the_same(monkeypatch):
         before = state.clone()
         work()  # as the real one: once before it is recorded, and what it did to the state undone
         state.copy_(before)
-        model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])) if args[2] is None else None)
+        model.register_forward_pre_hook(
+            lambda _, args: sizes.append(len(args[0])) if args[2] is None else None
+        )
         return work
 
     settings = dict(max_new_tokens=20, temperature=1.0, eos_id=2, slots=6, logps=True)
@@ -256,7 +295,9 @@ def test_on_a_gpu_the_captured_steps_give_what_single_kernels_give(settings, mon
     # Weights that bf16 holds exactly, so that there and back again is the same model.
     model = small_model(hidden_size=256, intermediate_size=512, head_dim=64).to("cuda", torch.bfloat16)
     prompts = [random_ids(random.Random(n), 1 + n % 40) for n in range(60)]
-    settings = dict(max_new_tokens=40, eos_id=2, slots=16, slot_length=96, fixed_slots=True, logps=True, **settings)
+    settings = dict(
+        max_new_tokens=40, eos_id=2, slots=16, slot_length=96, fixed_slots=True, logps=True, **settings
+    )
     ours = sorted(generate_stream(model, prompts, **settings))
     # Rounded up to a few counts of rows; in fp32, where that moves no token here.
     model.float()
@@ -293,7 +334,8 @@ def test_uniform_numbers_are_uniform_and_neighbours_independent():
     streams, steps = torch.meshgrid(torch.arange(400), torch.arange(250), indexing="ij")
     both = counter_uniform(0, streams.flatten(), steps.flatten())
     assert both.shape == (100_000, 2) and both.dtype == torch.float64
-    pairs = [(both[:, 0], both[:, 1]), (both[:-1, 1], both[1:, 0])]  # the two of a token; and of the next token
+    # the two of a token; and of the next token
+    pairs = [(both[:, 0], both[:, 1]), (both[:-1, 1], both[1:, 0])]
     for uniforms in both.T:
         assert uniforms.min() >= 0 and uniforms.max() < 1 and len(uniforms.unique()) == 100_000
         assert chi_square(torch.histc(uniforms, 100, 0, 1), torch.full((100,), 1000.0)) < 148.2
@@ -347,7 +389,9 @@ def test_kept_tokens_are_drawn_with_the_probabilities_of_transformers(temperatur
     expected = their_scores(logits, temperature, top_k, top_p).softmax(-1)[0].double()
     # Evenly over the unit square: frequencies are probabilities, up to the grid's step.
     grid = torch.cartesian_prod(*[(torch.arange(600, dtype=torch.float64) + 0.5) / 600] * 2)
-    tokens = torch.cat([sample(logits.expand(len(u), -1), temperature, top_k, top_p, u) for u in grid.split(10_000)])
+    tokens = torch.cat(
+        [sample(logits.expand(len(u), -1), temperature, top_k, top_p, u) for u in grid.split(10_000)]
+    )
     frequencies = torch.bincount(tokens, minlength=300).double() / len(grid)
     torch.testing.assert_close(frequencies, expected, atol=1 / 600, rtol=0)
     assert not frequencies[expected == 0].any()
@@ -356,13 +400,21 @@ def test_kept_tokens_are_drawn_with_the_probabilities_of_transformers(temperatur
 def test_a_token_that_is_drawn_has_probability_also_at_the_ends():
     last = 1 - 2**-53  # the largest uniform number
     probabilities = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.5, 0.0]]).repeat(2, 300)[:, :1000]
-    lowest, highest = (at_quantiles(probabilities, torch.full((4, 2), u, dtype=torch.float64)) for u in (0.0, last))
+    lowest, highest = (
+        at_quantiles(probabilities, torch.full((4, 2), u, dtype=torch.float64)) for u in (0.0, last)
+    )
     assert lowest.tolist() == [2, 1, 2, 1] and highest.tolist() == [998, 998, 998, 998]
 
 
 def test_a_place_is_drawn_in_a_block_as_by_hand():
     probabilities = torch.zeros(1, 600)
     probabilities[0, [10, 20, 300, 599]] = torch.tensor([0.1, 0.2, 0.3, 0.4])  # blocks of 256: 0.3, 0.3, 0.4
-    for place, block, token in ((0.0, 0.0, 10), (0.32, 0.29, 10), (0.34, 0.29, 20), (0.9, 0.31, 300), (0.1, 0.61, 599)):
+    for place, block, token in (
+        (0.0, 0.0, 10),
+        (0.32, 0.29, 10),
+        (0.34, 0.29, 20),
+        (0.9, 0.31, 300),
+        (0.1, 0.61, 599),
+    ):
         uniforms = torch.tensor([[place, block]], dtype=torch.float64)
         assert at_quantiles(probabilities, uniforms).tolist() == [token]

@@ -22,8 +22,17 @@ from spin.config import Data
 from spin.opponent import verified_pairs
 from spin.talk import side_by_side
 
-STAGES = ("config.toml", "inputs.json", "generated/meta.json", "opponent_logps.safetensors", "metrics.jsonl",
-          "model/config.json", "model/model.safetensors", "model/tokenizer.model", "evaluation/summary.json")  # fmt: skip
+STAGES = (
+    "config.toml",
+    "inputs.json",
+    "generated/meta.json",
+    "opponent_logps.safetensors",
+    "metrics.jsonl",
+    "model/config.json",
+    "model/model.safetensors",
+    "model/tokenizer.model",
+    "evaluation/summary.json",
+)
 
 
 def metrics(directory):
@@ -49,7 +58,8 @@ def test_an_iteration_leaves_every_stages_result(finished):
             assert (run / f"iter{n}" / file).is_file(), file
         assert not list(run.rglob("*.partial"))
     assert (run / "report.md").is_file() and (run / "training.png").is_file()
-    assert len(metrics(run / "iter0")) == 14 and len(metrics(run / "iter1")) == 26  # 49 pairs, then 98, by 8, twice
+    # 49 pairs, then 98, by 8, twice
+    assert len(metrics(run / "iter0")) == 14 and len(metrics(run / "iter1")) == 26
 
 
 def test_the_first_loss_of_each_iteration_is_log_2(finished):
@@ -58,8 +68,11 @@ def test_the_first_loss_of_each_iteration_is_log_2(finished):
         first = metrics(run / f"iter{n}")[0]
         assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert abs(first["margin"]) < 1e-3 and abs(first["reward_real"]) < 1e-3
-    names = ("step epoch loss accuracy margin reward_real reward_generated logps_real logps_generated grad_norm lr "
-             "tokens_per_second pairs_per_second memory_gb").split()  # fmt: skip
+    names = (
+        "step epoch loss accuracy margin reward_real reward_generated logps_real logps_generated grad_norm "
+        "lr "
+        "tokens_per_second pairs_per_second memory_gb"
+    ).split()
     assert set(first) == set(names)
 
 
@@ -70,7 +83,9 @@ def test_pairs_are_in_the_released_form_one_for_each_prompt(finished):
     for line in lines:
         assert [message["role"] for message in line["real"]] == ["user", "assistant"]
         assert line["generated"][0] == line["real"][0]
-    data = {row["prompt"]: row["response"] for row in map(json.loads, open(ROOT / "miniature/seed0/sft.jsonl"))}
+    data = {
+        row["prompt"]: row["response"] for row in map(json.loads, open(ROOT / "miniature/seed0/sft.jsonl"))
+    }
     assert all(data[line["real"][0]["content"]] == line["real"][1]["content"] for line in lines)
 
 
@@ -93,13 +108,25 @@ def test_the_exported_model_says_what_it_is(finished):
     run, _ = finished
     card = (run / "iter1/model/README.md").read_text()
     last = metrics(run / "iter1")[-1]
-    for said in ("SPIN, iteration 1", str(run / "base/model"), str(run / "iter0/model"), "98 examples, 49 of them replayed",
-                 f"| loss | {last['loss']:.4g} |", "AutoModelForCausalLM.from_pretrained", "vllm serve", "Why is the sky blue?",
-                 "num_prompts = 49", json.loads((run / "iter1/inputs.json").read_text())["opponent"]):  # fmt: skip
+    for said in (
+        "SPIN, iteration 1",
+        str(run / "base/model"),
+        str(run / "iter0/model"),
+        "98 examples, 49 of them replayed",
+        f"| loss | {last['loss']:.4g} |",
+        "AutoModelForCausalLM.from_pretrained",
+        "vllm serve",
+        "Why is the sky blue?",
+        "num_prompts = 49",
+        json.loads((run / "iter1/inputs.json").read_text())["opponent"],
+    ):
         assert said in card, said
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "SFT model" in (run / "base/model/README.md").read_text()
-    assert json.loads((run / "iter1/model/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert json.loads((run / "iter1/model/generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def test_the_attention_backend_is_named_in_the_log(finished):
@@ -116,7 +143,9 @@ def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
     assert {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--data.seed=3", "--sft.lr=3e-4"])
+@pytest.mark.parametrize(
+    "override", ["--train.lr=1e-7", "--generate.temperature=0.5", "--data.seed=3", "--sft.lr=3e-4"]
+)
 def test_a_changed_setting_that_matters_is_refused_by_name(finished, recipe, override):
     run, _ = finished
     output = run_script("train.py", *recipe(run, override), "--iter", "0", fails=True)
@@ -183,7 +212,8 @@ def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
     run, _ = finished
     run_script("train.py", *recipe(tmp_path / "two"), "--iter", "0-1", ranks=2)
     one, two = run, tmp_path / "two"
-    # The base models, trained by one rank and by two, differ in the last bits, and so do their fingerprints in meta.json.
+    # The base models, trained by one rank and by two, differ in the last bits, and so do their fingerprints
+    # in meta.json.
     (shard,) = (name for name in generated(one / "iter0") if name.endswith(".jsonl"))
     assert generated(one / "iter0")[shard] == generated(two / "iter0")[shard]
     for n in (0, 1):
@@ -211,7 +241,8 @@ def kill_when(arguments, ready, ranks=1, only=None):
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.002)
-    family = [process.pid, *children(process.pid)]  # torchrun's ranks have sessions of their own and would live on
+    # torchrun's ranks have sessions of their own and would live on
+    family = [process.pid, *children(process.pid)]
     for pid in family if only is None else [pid for pid in family if rank_of(pid) == only]:
         if alive(pid):  # a rank may have seen torchrun die
             os.kill(pid, signal.SIGKILL)
@@ -257,7 +288,10 @@ def assert_same_run(one, two):
     assert generated(one) == generated(two)
     for file in ("opponent_logps.safetensors", "model/model.safetensors", "evaluation/heldout.jsonl"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
-    timeless = lambda rows: [{k: v for k, v in row.items() if k not in TIMED} for row in rows]  # noqa: E731
+
+    def timeless(rows):
+        return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
     assert timeless(metrics(one)) == timeless(metrics(two))
 
 
@@ -266,7 +300,9 @@ SLOW = ("--generate.slots=4", "--generate.fixed_slots=true", "--data.num_prompts
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe, tmp_path_factory):
-    """Fixed slots, so that a response's rounding does not depend on its company, and few: there is time to be killed."""
+    """Fixed slots, so that a response's rounding does not depend on its company, and few: there is time to be
+    killed.
+    """
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     run_script("train.py", *recipe(run, *SLOW), "--iter", "0")
     return run / "iter0"
@@ -295,7 +331,11 @@ def test_a_run_killed_while_training_ends_as_if_undisturbed(undisturbed, recipe,
 
 
 def test_a_run_of_two_ranks_killed_while_generating_goes_on_with_one(undisturbed, recipe, tmp_path):
-    arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
+    arguments = [
+        *recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"),
+        "--iter",
+        "0",
+    ]
     partial = tmp_path / "killed/iter0/generated.partial"
     kill_when(arguments, lambda: count_lines(*partial.glob("rank*.jsonl")) >= 40, ranks=2)
     run_script("generate.py", *arguments)
@@ -304,7 +344,11 @@ def test_a_run_of_two_ranks_killed_while_generating_goes_on_with_one(undisturbed
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_of_two_ends_the_job_and_the_next_one_goes_on(undisturbed, recipe, tmp_path, victim):
-    arguments = [*recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"), "--iter", "0"]
+    arguments = [
+        *recipe(tmp_path / "killed", *SLOW, f"--model.base={undisturbed.parent}/base/model"),
+        "--iter",
+        "0",
+    ]
     partial = tmp_path / "killed/iter0/generated.partial"
     kill_when(arguments, lambda: count_lines(partial / "rank1.jsonl") >= 20, ranks=2, only=victim)
     kept = {line for file in partial.glob("rank*.jsonl") for line in open(file) if line.endswith("\n")}
@@ -326,7 +370,9 @@ def test_generate_alone_leaves_pairs_and_train_goes_on_from_them(undisturbed, re
 def test_pairs_in_the_released_form_train_without_generating(finished, recipe, tmp_path):
     run, _ = finished
     pairs = run / "iter0/generated/part-00000-of-00001.jsonl"
-    arguments = recipe(tmp_path / "run", f"--data.pairs={pairs}", "--data.num_prompts=0", f"--model.base={run}/base/model")
+    arguments = recipe(
+        tmp_path / "run", f"--data.pairs={pairs}", "--data.num_prompts=0", f"--model.base={run}/base/model"
+    )
     output = run_script("train.py", *arguments, "--iter", "0")
     assert "iteration 0: 49 examples" in output and not (tmp_path / "run/iter0/generated").exists()
     assert metrics(tmp_path / "run/iter0")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
@@ -356,7 +402,7 @@ def test_logps_of_other_pairs_are_refused(finished, recipe, tmp_path):
 
 @pytest.fixture
 def stage(finished, tmp_path):
-    """A copy of a finished generate stage; its directory, its only shard, and the examples that it answers."""
+    """A copy of a finished generate stage: its directory, its only shard, the examples that it answers."""
     directory = shutil.copytree(finished[0] / "iter0/generated", tmp_path / "generated")
     examples = [replace(pair, generated=None) for pair in verified_pairs(directory, Data())]
     return directory, directory / "part-00000-of-00001.jsonl", examples
@@ -364,13 +410,23 @@ def stage(finished, tmp_path):
 
 @pytest.mark.parametrize(
     "old, new, message",
-    [('"assistant", "content": "', '"assistant", "content": "x', "part-00000-of-00001.jsonl:1: not the prompt and the"),
-     ('{"real"', '{"also": 1, "real"', None),  # says the same
-     (r"\A.*\n", "", "part-00000-of-00001.jsonl:1: not the prompt"),
-     (r".*\n\Z", "", "48 pairs for 49 prompts"),
-     (r"(.*\n)\Z", r"\1\1", "50 pairs for 49 prompts"),
-     (r'"generated": (.*)"content": "([^"]*)"(}]})\n\Z', r'"generated": \1"content": "other"\3\n', "changed since it was made")],
-)  # fmt: skip
+    [
+        (
+            '"assistant", "content": "',
+            '"assistant", "content": "x',
+            "part-00000-of-00001.jsonl:1: not the prompt and the",
+        ),
+        ('{"real"', '{"also": 1, "real"', None),  # says the same
+        (r"\A.*\n", "", "part-00000-of-00001.jsonl:1: not the prompt"),
+        (r".*\n\Z", "", "48 pairs for 49 prompts"),
+        (r"(.*\n)\Z", r"\1\1", "50 pairs for 49 prompts"),
+        (
+            r'"generated": (.*)"content": "([^"]*)"(}]})\n\Z',
+            r'"generated": \1"content": "other"\3\n',
+            "changed since it was made",
+        ),
+    ],
+)
 def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, message):
     directory, shard, examples = stage
     text = shard.read_text()
@@ -405,7 +461,9 @@ def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
         output = run_script(script, *recipe(copy), "--iter", "0", fails=True)
         assert "0 pairs for 49 prompts; remove" in output and "evaluate" not in output
     (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("no JSON\n")
-    assert "part-00000-of-00001.jsonl:1: not JSON" in run_script("generate.py", *recipe(copy), "--iter", "0", fails=True)
+    assert "part-00000-of-00001.jsonl:1: not JSON" in run_script(
+        "generate.py", *recipe(copy), "--iter", "0", fails=True
+    )
 
 
 def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path):
@@ -417,13 +475,20 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
     assert meta["pairs"] == len(rows) == 49
     assert meta["mean_tokens"] <= 3 and meta["mean_prompt_tokens"] <= 12
     # Cut means: three tokens, the last of which does not end the text. A token is a letter here.
-    assert meta["responses cut at max_new_tokens"] == sum(len(row["generated"][-1]["content"]) == 3 for row in rows) > 0
+    assert (
+        meta["responses cut at max_new_tokens"]
+        == sum(len(row["generated"][-1]["content"]) == 3 for row in rows)
+        > 0
+    )
     assert meta["prompts cut at the left"] == sum(len(row["real"][0]["content"]) + 1 > 12 for row in rows) > 0
     assert f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens" in output
     assert f"{meta['prompts cut at the left']} prompts cut at the left" in output
     assert "generated 49 responses now" in output and "tokens/s" in output
     first = rows[0]
-    assert f"  prompt: {first['real'][0]['content']}\n  real: {first['real'][1]['content']}\n  generated:" in output
+    assert (
+        f"  prompt: {first['real'][0]['content']}\n  real: {first['real'][1]['content']}\n  generated:"
+        in output
+    )
 
 
 def test_fixed_slots_go_on_with_the_same_slots_only_until_all_is_generated(undisturbed, recipe, tmp_path):
@@ -436,7 +501,9 @@ def test_fixed_slots_go_on_with_the_same_slots_only_until_all_is_generated(undis
     (partial / "shapes.json").write_text('{"generate.slots": 4, "threads": 1}')
     assert "begun with generate.slots = 4, now 5" in run_script("generate.py", *arguments, fails=True)
     (partial / "shapes.json").write_text('{"generate.slots": 5, "threads": 2}')
-    assert "begun with threads = 2, now 1; set OMP_NUM_THREADS" in run_script("generate.py", *arguments, fails=True)
+    assert "begun with threads = 2, now 1; set OMP_NUM_THREADS" in run_script(
+        "generate.py", *arguments, fails=True
+    )
     (partial / "shapes.json").unlink()
     (partial / "rank0.jsonl").write_text('{"prompt": 1}\nnot a row\n')
     assert "rank0.jsonl:2: not JSON" in run_script("generate.py", *arguments, fails=True)
@@ -453,8 +520,12 @@ def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
     for name, path in (("base", run / "base/model"), ("iteration 1", run / "iter1/model")):
         tokenizer = Tokenizer(path)
         prompt = tokenizer.encode_prompt([{"role": "user", "content": "bab"}], "plain")
-        (ids,) = generate(load_model(path, torch.float32), [prompt], max_new_tokens=12, eos_id=tokenizer.eos_id)
-        answers[name] = tokenizer.decode_continuation(ids) + (" [cut at 12 tokens]" if ids[-1] != tokenizer.eos_id else "")
+        (ids,) = generate(
+            load_model(path, torch.float32), [prompt], max_new_tokens=12, eos_id=tokenizer.eos_id
+        )
+        answers[name] = tokenizer.decode_continuation(ids) + (
+            " [cut at 12 tokens]" if ids[-1] != tokenizer.eos_id else ""
+        )
     assert ask("--iter", "base", "--prompt", "bab") == answers["base"] + "\n"
     assert ask("--model", str(run / "iter1/model"), "--prompt", "bab") == answers["iteration 1"] + "\n"
     both = side_by_side(answers, 80) + "\n"
@@ -523,6 +594,10 @@ def test_a_second_process_in_a_run_is_refused(finished, recipe):
 
 
 def test_a_bad_line_of_data_is_refused_with_its_place(recipe, tmp_path):
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
-    output = run_script("train.py", *recipe(tmp_path / "run", f"--data.path={data}"), "--iter", "0", fails=True)
+    data = write_jsonl(
+        tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}]
+    )
+    output = run_script(
+        "train.py", *recipe(tmp_path / "run", f"--data.path={data}"), "--iter", "0", fails=True
+    )
     assert "d.jsonl:2: empty response" in output

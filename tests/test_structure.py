@@ -1,4 +1,4 @@
-"""Imports run scripts → spin → model → torch and never back; the shipped world is what its generator makes."""
+"""Imports run scripts → spin → model → torch, never back; the shipped world is what its generator makes."""
 
 import ast
 import json
@@ -35,7 +35,9 @@ def test_imports_only_run_downwards_and_only_to_required_packages(part):
     for file in files(part):
         for name in imports(file):
             top = name.split(".")[0]
-            assert top in ALLOWED[part] | OUTSIDE or top in sys.stdlib_module_names, f"{file.name} imports {name}"
+            assert top in ALLOWED[part] | OUTSIDE or top in sys.stdlib_module_names, (
+                f"{file.name} imports {name}"
+            )
 
 
 def test_the_loss_needs_torch_alone():
@@ -44,7 +46,9 @@ def test_the_loss_needs_torch_alone():
 
 def test_every_file_that_is_imported_is_importable_alone_and_prints_nothing():
     modules = [
-        ".".join(file.relative_to(ROOT).with_suffix("").parts) for part in ("model", "spin") for file in files(part)
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for part in ("model", "spin")
+        for file in files(part)
     ]
     code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -75,7 +79,11 @@ def test_the_shipped_world_is_what_the_generator_makes():
 
 
 def test_the_worlds_right_answers():
-    assert [answer("reverse", "cab"), answer("double", "cab"), answer("ends", "wolo")] == ["bac", "cabcab", "wo"]
+    assert [answer("reverse", "cab"), answer("double", "cab"), answer("ends", "wolo")] == [
+        "bac",
+        "cabcab",
+        "wo",
+    ]
     assert [answer("plural", w) for w in ("wof", "bus", "waz", "cab")] == ["woves", "buses", "wazes", "cabs"]
 
 

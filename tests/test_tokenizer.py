@@ -1,4 +1,6 @@
-"""Ids against mistral-common's; templates against transformers' rendering; message text that never becomes control."""
+"""Ids against mistral-common's; templates against transformers' rendering; message text that never becomes
+control.
+"""
 
 import random
 from pathlib import Path
@@ -31,7 +33,18 @@ CONVERSATIONS = [
     ],
     [{"role": "user", "content": "é 😀"}, {"role": "assistant", "content": " leading blank"}],
 ]
-AWKWARD = ["I don't", " two", "  three  ", "", "\n", "é 😀 中文", "<s></s> <unk>[INST]", "tab\tend", "a\n\nb ", "55%"]
+AWKWARD = [
+    "I don't",
+    " two",
+    "  three  ",
+    "",
+    "\n",
+    "é 😀 中文",
+    "<s></s> <unk>[INST]",
+    "tab\tend",
+    "a\n\nb ",
+    "55%",
+]
 
 
 MISTRALS = {
@@ -44,22 +57,48 @@ MISTRALS = {
 def strings() -> list[str]:
     """More than 300 texts: hand-picked ones, and for each alphabet thirty random ones."""
     rng = random.Random(0)
-    span = lambda first, last: [chr(code) for code in range(first, last)]  # noqa: E731
+
+    def span(first, last):
+        return [chr(code) for code in range(first, last)]
+
     alphabets = {
         "control characters": span(0, 32) + ["\x7f", "\x85", "\u200b", "\u2028", "\ufeff"],
         "blanks": [" ", "  ", "   ", "\t", "\n", "\r\n", "\u00a0", "\u3000"],
         "ascii": span(32, 127),
         "latin": span(0xC0, 0x250) + [" "],
         "combining": span(0x300, 0x340) + list("aeiou "),
-        "greek, cyrillic, hebrew, arabic": span(0x370, 0x530) + span(0x5D0, 0x5EB) + span(0x620, 0x64B) + [" "],
+        "greek, cyrillic, hebrew, arabic": span(0x370, 0x530)
+        + span(0x5D0, 0x5EB)
+        + span(0x620, 0x64B)
+        + [" "],
         "cjk": span(0x4E00, 0x9FA5) + span(0x3041, 0x30FF) + span(0xAC00, 0xD7A3),
         "emoji": span(0x1F300, 0x1F6FF) + ["\u200d", "\ufe0f", " ", "👩‍👩‍👧‍👦", "🇫🇷"],
         "compatibility": list("ﬁ①½ＡＢ㎏™…") + [" "],
         "beyond the first plane": span(0x10330, 0x1034A) + span(0x20000, 0x20100),
-        "code": ["def ", "f(x)", ":\n", "    ", "return ", "\t", "{", "}", "0x1F", "==", "//", '"', "\\n", "lambda", ";"],
+        "code": [
+            "def ",
+            "f(x)",
+            ":\n",
+            "    ",
+            "return ",
+            "\t",
+            "{",
+            "}",
+            "0x1F",
+            "==",
+            "//",
+            '"',
+            "\\n",
+            "lambda",
+            ";",
+        ],
         "markup": ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<|user|>", "\n", "<0x41>", "&amp;", "<b>"],
     }
-    drawn = ["".join(rng.choice(letters) for _ in range(rng.randrange(1, 40))) for letters in alphabets.values() for _ in range(30)]
+    drawn = [
+        "".join(rng.choice(letters) for _ in range(rng.randrange(1, 40)))
+        for letters in alphabets.values()
+        for _ in range(30)
+    ]
     return AWKWARD + drawn + ["x" * 2000, " " * 300, "\ufffd", "e\u0301", "1234567890" * 5]
 
 
@@ -80,7 +119,9 @@ def test_ids_are_mistral_commons_and_decode_to_the_text(version):
         assert ours.decode_continuation(ours.encode_continuation(text)) == text
 
 
-def test_sentencepieces_own_mark_for_a_blank_is_the_one_character_that_comes_back_as_another(mistral_tokenizer):
+def test_sentencepieces_own_mark_for_a_blank_is_the_one_character_that_comes_back_as_another(
+    mistral_tokenizer,
+):
     assert mistral_tokenizer.decode(mistral_tokenizer.encode("a▁b")) == "a b"
 
 
@@ -93,7 +134,8 @@ def test_streamed_text_is_the_whole_text_and_shows_no_half_character(version):
         shown, pieces = "", list(tokenizer.stream(ids))
         for piece in pieces:
             shown += piece
-            assert text.startswith(shown)  # hence never a replacement for a character whose bytes are still to come
+            # hence never a replacement for a character whose bytes are still to come
+            assert text.startswith(shown)
         assert shown == text
         assert len(pieces) <= len(ids)
 
@@ -123,7 +165,9 @@ def test_zephyr_text_is_transformers_own_rendering(mistral_tokenizer, messages):
 
 
 def test_zephyr_prompt_with_the_papers_empty_system_turn(mistral_tokenizer):
-    text = mistral_tokenizer.render([{"role": "system", "content": ""}, {"role": "user", "content": "{x}"}], "zephyr")
+    text = mistral_tokenizer.render(
+        [{"role": "system", "content": ""}, {"role": "user", "content": "{x}"}], "zephyr"
+    )
     assert text == "<|system|>\n</s>\n<|user|>\n{x}</s>\n<|assistant|>\n"
 
 
@@ -140,7 +184,9 @@ def test_plain_prompt_is_the_message_and_a_line_end(mistral_tokenizer):
 def test_ids_are_those_of_sentencepiece_itself(mistral_tokenizer, text):
     from sentencepiece import SentencePieceProcessor
 
-    assert mistral_tokenizer.encode(text) == SentencePieceProcessor(model_file=str(mistral_tokenizer.file)).encode(text)
+    assert mistral_tokenizer.encode(text) == SentencePieceProcessor(
+        model_file=str(mistral_tokenizer.file)
+    ).encode(text)
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -151,7 +197,8 @@ def test_continuations_survive_the_way_there_and_back(mistral_tokenizer, text):
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_prompt_and_response_are_one_strings_tokens(mistral_tokenizer, text):
-    # After the last control token, zephyr's prompt and response are one text; encoded whole, it must be the same.
+    # After the last control token, zephyr's prompt and response are one text; encoded whole, it must be the
+    # same.
     messages = [{"role": "user", "content": "x"}]
     prompt = mistral_tokenizer.encode_prompt(messages, "zephyr")
     whole = mistral_tokenizer.encode("\n<|assistant|>\n" + text)
@@ -165,7 +212,10 @@ def test_control_markers_in_a_message_stay_characters(mistral_tokenizer, templat
     markers = "<s> </s> <unk> [INST]"
     inside = mistral_tokenizer.encode_prompt([{"role": "user", "content": markers}], template)
     outside = mistral_tokenizer.encode_prompt([{"role": "user", "content": "x"}], template)
-    control = lambda ids: [i for i in ids if i in (0, mistral_tokenizer.bos_id, mistral_tokenizer.eos_id)]  # noqa: E731
+
+    def control(ids):
+        return [i for i in ids if i in (0, mistral_tokenizer.bos_id, mistral_tokenizer.eos_id)]
+
     assert control(inside) == control(outside)
     assert markers in mistral_tokenizer.decode(inside)
     assert control(mistral_tokenizer.encode_response(markers)) == [mistral_tokenizer.eos_id]
@@ -183,10 +233,15 @@ def test_unknown_template_role_and_content_are_refused():
 def test_a_model_that_loses_line_ends_is_refused(tmp_path):
     import sentencepiece
 
-    sentencepiece.SentencePieceTrainer.train(  # sentencepiece's default normaliser turns a line's end into a blank
-        sentence_iterator=iter(["the quick brown fox"]), model_prefix=str(tmp_path / "tokenizer"), model_type="char",
-        vocab_size=20, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+    # sentencepiece's default normaliser turns a line's end into a blank
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox"]),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="char",
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match="tokenizer.model: the model does not keep line ends"):
         Tokenizer(tmp_path)
 

@@ -1,4 +1,4 @@
-"""The training loop against the naive way: transformers, one sequence at a time, two models, torch's RMSprop."""
+"""The training loop against transformers, one sequence at a time, two models, torch's RMSprop."""
 
 import json
 import math
@@ -10,8 +10,8 @@ import torch
 from conftest import random_ids, reference, small_model
 from test_model import naive_logps
 
-from model.weights import save_model
 import spin.trainer
+from model.weights import save_model
 from spin.config import SFT, Recipe, Train
 from spin.distributed import Ranks, ranks, sharded_model
 from spin.iteration import check
@@ -19,8 +19,17 @@ from spin.opponent import score
 from spin.packing import Item
 from spin.trainer import Schedule, train
 
-PART = dict(batch_size=4, epochs=2, lr=1e-3, beta=0.7, dtype="float32", token_budget=60, logit_chunk=5,
-            checkpoint_every=100, max_grad_norm=0.5)  # fmt: skip
+PART = dict(
+    batch_size=4,
+    epochs=2,
+    lr=1e-3,
+    beta=0.7,
+    dtype="float32",
+    token_budget=60,
+    logit_chunk=5,
+    checkpoint_every=100,
+    max_grad_norm=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,10 @@ def group():
 def pairs(count: int, responses: int = 2) -> list[Item]:
     rng = random.Random(0)
     return [
-        Item(random_ids(rng, rng.randint(1, 15)), tuple(random_ids(rng, rng.randint(1, 12)) for _ in range(responses)))
+        Item(
+            random_ids(rng, rng.randint(1, 15)),
+            tuple(random_ids(rng, rng.randint(1, 12)) for _ in range(responses)),
+        )
         for _ in range(count)
     ]
 
@@ -187,13 +199,19 @@ def test_compiled_blocks_give_the_same_gradients_without_compiling_for_each_pack
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "changes", [{}, {"compile": True}, {"activation_checkpointing": "selective"}, {"second_moment": "bfloat16"}]
+    "changes",
+    [{}, {"compile": True}, {"activation_checkpointing": "selective"}, {"second_moment": "bfloat16"}],
 )
 def test_on_a_gpu_ten_steps_in_bf16_stay_near_those_of_fp32_on_the_cpu_and_go_on(tmp_path, group, changes):
     losses, moved = ten_steps(tmp_path, group, "gpu", dtype="bfloat16", checkpoint_every=3, **changes)
     shutil.rmtree(tmp_path / "gpu/checkpoints/step-000010")
-    again, _ = ten_steps(tmp_path, group, "gpu", dtype="bfloat16", checkpoint_every=3, **changes)  # from step 9
-    assert group.device.type == "cuda" and torch.equal(losses[:9], again[:9]) and (losses - again).abs().max() < 0.05
+    # from step 9
+    again, _ = ten_steps(tmp_path, group, "gpu", dtype="bfloat16", checkpoint_every=3, **changes)
+    assert (
+        group.device.type == "cuda"
+        and torch.equal(losses[:9], again[:9])
+        and (losses - again).abs().max() < 0.05
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spin.trainer.peak_flops", lambda device: None)
         mesh = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
@@ -251,7 +269,9 @@ def test_tensorboard_has_what_the_log_has(tmp_path, group):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     for name in ("loss", "margin", "pairs_per_second"):
         logged = [(step["step"], step[name]) for step in metrics(tmp_path / "run")]
-        assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in logged]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (s, pytest.approx(v, rel=1e-6)) for s, v in logged
+        ]
 
 
 def test_a_first_loss_that_is_not_log_2_stops_the_run(tmp_path, group):
@@ -268,12 +288,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, gro
     save_model(broken, tmp_path / "m", torch.float32)
     model = sharded_model(tmp_path / "m", group, torch.float32)
     before = model.model["embed_tokens"].weight.full_tensor().clone()
-    with pytest.raises(RuntimeError, match="step 1: loss nan.*not finite.*example 0, example 1.*log-probabilities that are not finite"):
-        train(SFT(**{k: v for k, v in PART.items() if k != "beta"}), model, pairs(4, 1), None, tmp_path / "r", group)
+    with pytest.raises(
+        RuntimeError,
+        match="step 1: loss nan.*not finite.*example 0, example 1.*log-probabilities that are not finite",
+    ):
+        train(
+            SFT(**{k: v for k, v in PART.items() if k != "beta"}),
+            model,
+            pairs(4, 1),
+            None,
+            tmp_path / "r",
+            group,
+        )
     assert torch.equal(model.model["embed_tokens"].weight.full_tensor(), before)
 
 
-@pytest.mark.parametrize("epochs, schedule_epochs, warmup", [(2, 0, 0.1), (2, 6, 0.1), (1.5, 0, 0.0), (1, 0, 0.5)])
+@pytest.mark.parametrize(
+    "epochs, schedule_epochs, warmup", [(2, 0, 0.1), (2, 6, 0.1), (1.5, 0, 0.0), (1, 0, 0.5)]
+)
 def test_learning_rates_are_transformers_linear_schedule(epochs, schedule_epochs, warmup):
     from transformers import get_linear_schedule_with_warmup
 

@@ -45,7 +45,8 @@ def test_round_trip_is_exact_in_one_file_and_in_shards(tmp_path, tied, max_shard
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
 @pytest.mark.parametrize(
-    "shape", [dict(), dict(tie_word_embeddings=True), dict(sliding_window=6, head_dim=16), dict(model_type="llama")]
+    "shape",
+    [dict(), dict(tie_word_embeddings=True), dict(sliding_window=6, head_dim=16), dict(model_type="llama")],
 )
 def test_transformers_loads_the_directory_and_gives_the_same_logits(tmp_path, max_shard_bytes, shape):
     from transformers import AutoModelForCausalLM
@@ -119,12 +120,23 @@ def test_every_parameter_is_filled_exactly_once(tmp_path):
 
 
 def as_mistral_writes(model, path, shards=1):
-    """consolidated.safetensors and params.json of a model, its q and k rows in the order of interleaved pairs."""
+    """consolidated.safetensors and params.json of a model, its q and k rows in the order of interleaved
+    pairs.
+    """
     config, tensors = model.config, {}
-    names = {"embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "lm_head": "output",
-             "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attention.wo", "self_attn.q_proj": "attention.wq",
-             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "mlp.gate_proj": "feed_forward.w1",
-             "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}  # fmt: skip
+    names = {
+        "embed_tokens": "tok_embeddings",
+        "input_layernorm": "attention_norm",
+        "lm_head": "output",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.wo",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+    }
     for name, weight in model.state_dict().items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             halves = weight.view(-1, 2, config.head_dim // 2, config.hidden_size)
@@ -133,10 +145,17 @@ def as_mistral_writes(model, path, shards=1):
         for ours, theirs in names.items():
             native = re.sub(rf"(^|\.){re.escape(ours)}\.weight", rf"\1{theirs}.weight", native)
         tensors[native] = weight.contiguous()
-    params = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "head_dim": config.head_dim,
-              "hidden_dim": config.intermediate_size, "n_heads": config.num_attention_heads,
-              "n_kv_heads": config.num_key_value_heads, "norm_eps": config.rms_norm_eps,
-              "vocab_size": config.vocab_size, "rope_theta": config.rope_theta}  # fmt: skip
+    params = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "head_dim": config.head_dim,
+        "hidden_dim": config.intermediate_size,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_theta,
+    }
     path.mkdir()
     (path / "params.json").write_text(json.dumps(params))
     if shards == 1:
@@ -165,14 +184,22 @@ def test_permuted_rows_rotate_as_mistrals_interleaved_pairs_do(tmp_path):
     torch.manual_seed(0)
     x, positions = torch.randn(9, 32), torch.arange(9)
 
-    def theirs(name):  # mistral-inference's apply_rotary_emb: neighbours are a complex number, turned by m·θ^(-2i/D)
+    # mistral-inference's apply_rotary_emb: neighbours are a complex number, turned by m·θ^(-2i/D)
+    def theirs(name):
         pairs = (x @ tensors[f"layers.1.attention.{name}.weight"].T).view(9, -1, 4, 2)
         angles = positions[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones(9, 4), angles)[:, None]).flatten(2)
+        return torch.view_as_real(
+            torch.view_as_complex(pairs) * torch.polar(torch.ones(9, 4), angles)[:, None]
+        ).flatten(2)
 
     rope = rotary_angles(positions, 8, 10000.0)
-    q, k = (Rotation.apply(layer(x).detach().view(9, -1, 8), *rope) for layer in (loaded.q_proj, loaded.k_proj))
-    scores = lambda q, k: torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1))  # noqa: E731
+    q, k = (
+        Rotation.apply(layer(x).detach().view(9, -1, 8), *rope) for layer in (loaded.q_proj, loaded.k_proj)
+    )
+
+    def scores(q, k):
+        return torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1))
+
     torch.testing.assert_close(scores(q, k), scores(theirs("wq"), theirs("wk")), atol=1e-4, rtol=1e-4)
 
 
@@ -183,11 +210,19 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path, native):
         path = tmp_path / "native"
         as_mistral_writes(model, path)
     checkpoint = Checkpoint(path)
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.k_proj.weight", "lm_head.weight"):
+    for name in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.k_proj.weight",
+        "lm_head.weight",
+    ):
         whole = dict(model.named_parameters())[name]
-        for start in range(0, 16):
+        for start in range(16):
             for stop in (start, start + 1, start + 5, 16, len(whole)):
-                assert torch.equal(checkpoint.read(name, slice(start, stop)), whole[start:stop]), (name, start, stop)
+                assert torch.equal(checkpoint.read(name, slice(start, stop)), whole[start:stop]), (
+                    name,
+                    start,
+                    stop,
+                )
 
 
 RANKS = """
@@ -197,10 +232,12 @@ from model.weights import load_model
 from spin.distributed import ranks, sharded_model, whole
 path = Path(sys.argv[1])
 with ranks() as group:
-    model, expected = sharded_model(path, group, torch.float32, attention="sdpa"), load_model(path, torch.float32)
+    model = sharded_model(path, group, torch.float32, attention="sdpa")
+    expected = load_model(path, torch.float32)
     assert model.attention == "sdpa"
     shards = [parameter.to_local().shape[0] for parameter in model.parameters()]
-    for (name, parameter), (same, other) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+    both = zip(model.named_parameters(), expected.named_parameters(), strict=True)
+    for (name, parameter), (same, other) in both:
         assert name == same and torch.equal(whole(parameter), other), name
     Path(sys.argv[2], f"rank{group.rank}").write_text(str(sum(shards)))
 """
@@ -216,9 +253,12 @@ def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path, native):
     script.write_text(RANKS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     done = subprocess.run(
-        [*launch, str(script), str(path), str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+        [*launch, str(script), str(path), str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         env=environment() | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     rows = [int((tmp_path / f"rank{rank}").read_text()) for rank in range(3)]
     assert sum(rows) == sum(len(parameter) for parameter in model.parameters()) and rows[0] > rows[2]
@@ -247,7 +287,12 @@ def test_a_tokenizers_files_and_the_sources_generation_config_travel_along(tmp_p
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer.model.v3").write_bytes(letters.file.read_bytes())
-    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "pytorch_model.bin"):
+    for name in (
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "pytorch_model.bin",
+    ):
         (source / name).write_text(name)
     save_model(small_model(), tmp_path / "m", torch.float32, tokenizer=source)
     assert (tmp_path / "m/tokenizer.model").read_bytes() == letters.file.read_bytes()
@@ -285,6 +330,7 @@ def test_odd_headers_are_refused_in_words(tmp_path):
         with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
             Checkpoint(path)
 
+
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
@@ -292,10 +338,19 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
     "edit, message",
     [
         (lambda t: t.pop(NORM), f"lacks {NORM}"),
-        (lambda t: t.update({"lm_head.bias": torch.zeros(97)}), "has unknown lm_head.bias in model.safetensors"),
-        (lambda t: t.update({HEAD: torch.zeros(97, 31)}), r"model.safetensors: lm_head.weight has shape \[97, 31\].*\[97, 32\]"),
+        (
+            lambda t: t.update({"lm_head.bias": torch.zeros(97)}),
+            "has unknown lm_head.bias in model.safetensors",
+        ),
+        (
+            lambda t: t.update({HEAD: torch.zeros(97, 31)}),
+            r"model.safetensors: lm_head.weight has shape \[97, 31\].*\[97, 32\]",
+        ),
         (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)}), f"model.safetensors: {NORM} is I8"),
-        (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.float64)}), f"model.safetensors: {NORM} is F64"),
+        (
+            lambda t: t.update({NORM: torch.zeros(32, dtype=torch.float64)}),
+            f"model.safetensors: {NORM} is F64",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_architecture_are_refused_by_name(tmp_path, edit, message):
@@ -331,7 +386,13 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
     shard.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file.*cut in {last}"):
         Checkpoint(path)
-    for damaged in (b"", content[:4], content[:200], b"\xff" * 8 + content[8:], content[:8] + b"}" + content[9:]):
+    for damaged in (
+        b"",
+        content[:4],
+        content[:200],
+        b"\xff" * 8 + content[8:],
+        content[:8] + b"}" + content[9:],
+    ):
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file"):
             Checkpoint(path)
@@ -354,7 +415,10 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
         ("{}", "not an index"),
         ('{"weight_map": []}', "not an index"),
         ('{"weight_map": {}}', "points to nothing"),
-        ('{"weight_map": {"lm_head.weight": "../m/model.safetensors"}}', r"points to \.\./m/model.safetensors"),
+        (
+            '{"weight_map": {"lm_head.weight": "../m/model.safetensors"}}',
+            r"points to \.\./m/model.safetensors",
+        ),
         ('{"weight_map": {"lm_head.weight": "pytorch_model.bin"}}', "points to pytorch_model.bin"),
     ],
 )
@@ -371,12 +435,16 @@ def test_an_index_that_points_nowhere_is_refused(tmp_path, text, message):
 def test_pickled_weights_are_never_opened(tmp_path):
     _, path = saved(tmp_path)
     (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
-    with pytest.raises(FileNotFoundError, match="model-00001-of-00002.safetensors is there without the index"):
+    with pytest.raises(
+        FileNotFoundError, match="model-00001-of-00002.safetensors is there without the index"
+    ):
         load_model(path)
     (path / "model-00001-of-00002.safetensors").unlink()
     for name in ("pytorch_model.bin", "consolidated.00.pth"):
         (path / name).write_bytes(b"not even a pickle")
-        with pytest.raises(FileNotFoundError, match=f"{name} is pickled and never opened: convert it to safetensors"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{name} is pickled and never opened: convert it to safetensors"
+        ):
             load_model(path)
         (path / name).unlink()
 

@@ -28,14 +28,16 @@ class Benchmark:
     def check(self, tokenizer: Tokenizer, max_length: int) -> None:
         if not isinstance(self.task, MultipleChoice):
             if max_length <= self.task.max_new_tokens:
-                raise ValueError(f"{self.name}: the model reads {max_length} tokens: no room for an answer; leave it out")
+                raise ValueError(
+                    f"{self.name}: the model reads {max_length} tokens: no room for an answer; leave it out"
+                )
             return
         for where, question in zip(self.documents.where, self.documents.questions):
             for choice in question.choices:  # a token has at least a byte; the blank in front may be one more
                 if len(choice.encode()) >= max_length - 1 and len(tokenizer.encode(choice)) >= max_length - 1:
                     raise ValueError(
-                        f"{where}: a choice longer than the model reads, {max_length} tokens (max_position_embeddings); "
-                        f"leave {self.name} out"
+                        f"{where}: a choice longer than the model reads, {max_length} tokens "
+                        f"(max_position_embeddings); leave {self.name} out"
                     )
 
     def cost(self, doc: int) -> float:
@@ -64,10 +66,14 @@ class Benchmark:
             requests.append([request for request, _ in pairs])
             asked = text_hash([*contexts, *question.choices])
             about.append({"doc": doc, "hash": asked, "truncated": any(cut for _, cut in pairs)})
-        for place, scores in loglikelihoods(engine.model, requests, settings.token_budget, settings.logit_chunk):
+        for place, scores in loglikelihoods(
+            engine.model, requests, settings.token_budget, settings.logit_chunk
+        ):
             doc = docs[place]
             if not all(map(math.isfinite, scores)):
-                raise ValueError(f"{self.documents.where[doc]}: scores that are not finite; are the weights damaged?")
+                raise ValueError(
+                    f"{self.documents.where[doc]}: scores that are not finite; are the weights damaged?"
+                )
             yield about[place] | self.task.measured(self.documents.questions[doc], scores, harness)
             engine.tick(self.cost(doc))
 
@@ -77,15 +83,20 @@ class Benchmark:
         prompts = [engine.encoder.encode(text) for text in asked]
         stops = self.task.stops(harness)
         stream = engine.generate(
-            [prompt[-most:] for prompt in prompts], max_new_tokens=self.task.max_new_tokens,
+            [prompt[-most:] for prompt in prompts],
+            max_new_tokens=self.task.max_new_tokens,
             stop=StopStrings(engine.tokenizer, stops),
-        )  # fmt: skip
+        )
         for response in stream:
             doc = docs[response.index]
             text = engine.tokenizer.decode(response.ids)
             for stop in [*stops, "</s>"]:
                 text = text.split(stop)[0]
-            about = {"doc": doc, "hash": text_hash([asked[response.index]]), "truncated": len(prompts[response.index]) > most}
+            about = {
+                "doc": doc,
+                "hash": text_hash([asked[response.index]]),
+                "truncated": len(prompts[response.index]) > most,
+            }
             yield about | self.task.measured(self.documents.questions[doc][1], text, harness)
             engine.tick(self.cost(doc))
 
@@ -93,7 +104,9 @@ class Benchmark:
         result = summarise(self.task, rows) | {"documents": len(rows), "few_shot": self.documents.few_shot}
         result |= {"harness": self.documents.harness, "truncated": sum(row["truncated"] for row in rows)}
         if isinstance(self.task, MultipleChoice):
-            result["empty_choices"] = sum(not choice for q in self.documents.questions for choice in q.choices)
+            result["empty_choices"] = sum(
+                not choice for q in self.documents.questions for choice in q.choices
+            )
         return result
 
 
@@ -104,7 +117,8 @@ class StopStrings:
         self.tokenizer, self.strings = tokenizer, strings
         self.reach = max(len(string.encode()) for string in strings)  # a token has at least a byte
         self.tails: dict[int, deque[int]] = {}
-        self.may_end: dict[int, bool] = {}  # whether a string may be complete with this token: few are, so few are looked at
+        # whether a string may be complete with this token: few are, so few are looked at
+        self.may_end: dict[int, bool] = {}
 
     def __call__(self, index: int, token: int) -> bool:
         if index not in self.tails:
@@ -112,7 +126,9 @@ class StopStrings:
         self.tails[index].append(token)
         if token not in self.may_end:
             text = self.tokenizer.decode_continuation([token])
-            self.may_end[token] = any(last in text for last in ("\ufffd", *(string[-1] for string in self.strings)))
+            self.may_end[token] = any(
+                last in text for last in ("\ufffd", *(string[-1] for string in self.strings))
+            )
         if not self.may_end[token]:
             return False
         text = self.tokenizer.decode_continuation(self.tails[index])

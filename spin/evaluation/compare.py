@@ -14,20 +14,27 @@ SHOWN = 12
 def compare(a: Path, b: Path) -> str:
     """Markdown: for each task in both, the metrics of each, documents that flipped, and p of a paired test.
 
-    The test is McNemar's exact one where a document is right or wrong, else the normal one on paired differences.
-    Raises FileNotFoundError, or ValueError where there is nothing in common or the documents were not the same.
+    The test is McNemar's exact one where a document is right or wrong, else the normal one on paired
+    differences. Raises FileNotFoundError, or ValueError where there is nothing in common or the documents
+    were not the same.
     """
     summaries = []
     for directory in (a, b):
         if not (directory / "summary.json").is_file():
-            raise FileNotFoundError(f"{directory / 'summary.json'}: no such file; an evaluation's directory is needed")
+            raise FileNotFoundError(
+                f"{directory / 'summary.json'}: no such file; an evaluation's directory is needed"
+            )
         summaries.append(read_json(directory / "summary.json"))
     lines = [
         "| task | metric | documents | A | B | B - A | only A right | only B right | p |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     flips, others = [], []
-    names = [name for name in summaries[0]["tasks"] if name in summaries[1]["tasks"] and (a / f"{name}.jsonl").is_file()]
+    names = [
+        name
+        for name in summaries[0]["tasks"]
+        if name in summaries[1]["tasks"] and (a / f"{name}.jsonl").is_file()
+    ]
     for name in names:
         rows = [_rows(directory / f"{name}.jsonl") for directory in (a, b)]
         # The data's own digest may differ where the documents asked do not.
@@ -41,7 +48,8 @@ def compare(a: Path, b: Path) -> str:
             lines.append(_line(name, metric, *([row[metric] for row in part] for part in rows)))
             if isinstance(rows[0][0][metric], int):
                 lost, won = (
-                    [str(x["doc"]) for x, y in zip(*rows) if (x[metric], y[metric]) == pair] for pair in ((1, 0), (0, 1))
+                    [str(x["doc"]) for x, y in zip(*rows) if (x[metric], y[metric]) == pair]
+                    for pair in ((1, 0), (0, 1))
                 )
                 for what, docs in (("only A right", lost), ("only B right", won)):
                     if docs:
@@ -50,7 +58,10 @@ def compare(a: Path, b: Path) -> str:
     if len(lines) == 2:
         which = f"; not asked the same: {', '.join(others)}" if others else ""
         raise ValueError(f"{a} and {b} have no task with scores to compare{which}")
-    note = "p: two-sided, of a difference as large if A and B were equally good; not corrected for the number of tasks."
+    note = (
+        "p: two-sided, of a difference as large if A and B were equally good; not corrected for the "
+        "number of tasks."
+    )
     left_out = [f"Not compared, for they were not asked the same: {', '.join(others)}.\n"] if others else []
     flipped = ["Documents that flipped, by number:\n", *flips, ""] if flips else []
     return "\n".join([*flipped, *left_out, f"A: {a}\nB: {b}\n", *lines, "", note])

@@ -31,9 +31,14 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], **settings) -> Iterator:
         """`generate_stream` in the slots and within the vocabulary that the settings give."""
         return generate_stream(
-            self.model, prompts, eos_id=self.tokenizer.eos_id, slots=self.settings.slots,
-            memory=self.ranks.free_memory(), vocab_limit=self.tokenizer.vocab_size, **settings,
-        )  # fmt: skip
+            self.model,
+            prompts,
+            eos_id=self.tokenizer.eos_id,
+            slots=self.settings.slots,
+            memory=self.ranks.free_memory(),
+            vocab_limit=self.tokenizer.vocab_size,
+            **settings,
+        )
 
 
 class Task(Protocol):

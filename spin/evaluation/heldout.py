@@ -20,8 +20,9 @@ SLICE = 1024  # documents that are answered before their rows are given
 class Heldout:
     """Every prompt is answered greedily and by sampling, and the right answer scored.
 
-    A row has doc, prompt, text (greedy), sampled, prediction, target, exact_match, exact_match_sampled and logp (of the
-    right answer, nats). Raises ValueError or OSError for a file that can't be read, or for a pattern that has not one group.
+    A row has doc, prompt, text (greedy), sampled, prediction, target, exact_match, exact_match_sampled and
+    logp (of the right answer, nats). Raises ValueError or OSError for a file that can't be read, or for a
+    pattern that has not one group.
     """
 
     name = "heldout"
@@ -32,9 +33,13 @@ class Heldout:
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})") from None
+            raise ValueError(
+                f"evaluate.answer_pattern = {pattern!r} is not a regular expression ({error})"
+            ) from None
         if pattern and groups != 1:
-            raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}")
+            raise ValueError(
+                f"evaluate.answer_pattern = {pattern!r} must have one group, the answer; it has {groups}"
+            )
         examples = real_only(load_examples(settings.heldout, data, self.dropped))
         self.examples = examples[: settings.limit or None]
 
@@ -58,7 +63,10 @@ class Heldout:
             "number of documents": len(self),
             "template": self.template,
             "lengths": [self.data.max_length, self.data.max_prompt_length],
-            **{key: getattr(self.settings, key) for key in ("answer_pattern", "max_new_tokens", "temperature", "seed")},
+            **{
+                key: getattr(self.settings, key)
+                for key in ("answer_pattern", "max_new_tokens", "temperature", "seed")
+            },
         }
 
     def check(self, tokenizer: Tokenizer, max_length: int) -> None:
@@ -78,7 +86,11 @@ class Heldout:
         def texts(temperature: float) -> list[str]:
             result = [""] * len(docs)
             stream = engine.generate(
-                prompts, max_new_tokens=settings.max_new_tokens, temperature=temperature, seed=settings.seed, streams=docs
+                prompts,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                seed=settings.seed,
+                streams=docs,
             )
             for response in stream:
                 result[response.index] = engine.tokenizer.decode_continuation(response.ids)
@@ -99,7 +111,8 @@ class Heldout:
                 "exact_match": int(prediction == target),
                 "exact_match_sampled": int(extract(sampled[place], settings.answer_pattern) == target),
                 "logp": logps[place],
-                "prompt_cut": len(engine.tokenizer.encode_prompt(examples[place].prompt, template)) > len(prompts[place]),
+                "prompt_cut": len(engine.tokenizer.encode_prompt(examples[place].prompt, template))
+                > len(prompts[place]),
                 "answer_cut": cut[place],
             }
 
@@ -109,7 +122,9 @@ class Heldout:
         settings, eos = self.settings, engine.tokenizer.eos_id
         items = tokenize(examples, engine.tokenizer, self.template, self.data, Counter())
         lengths = [item.packed_length for item in items]
-        (plan,) = micro_batches(lengths, [flops(engine.model.config, item) for item in items], 1, settings.token_budget)
+        (plan,) = micro_batches(
+            lengths, [flops(engine.model.config, item) for item in items], 1, settings.token_budget
+        )
         logps = torch.zeros(len(items))
         for places in plan:
             packed = pack([items[i] for i in places]).to(engine.ranks.device)
@@ -117,12 +132,16 @@ class Heldout:
         return logps.tolist(), [item.responses[0][-1] != eos for item in items]
 
     def summary(self, rows: Sequence[dict]) -> dict:
-        """With how many documents were dropped, prompts cut for sampling and right answers cut for scoring."""
+        """Also counts documents dropped, prompts cut for sampling and right answers cut for scoring."""
         result: dict = {}
         for name in ("exact_match", "exact_match_sampled", "logp"):
             result[name], result[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
         cut = {f"{what}s_cut": sum(row[f"{what}_cut"] for row in rows) for what in ("prompt", "answer")}
-        return result | {"documents": len(rows), "few_shot": 0, "harness": "own", "dropped": self.dropped.total()} | cut
+        return (
+            result
+            | {"documents": len(rows), "few_shot": 0, "harness": "own", "dropped": self.dropped.total()}
+            | cut
+        )
 
 
 def extract(text: str, pattern: str) -> str | None:

@@ -1,8 +1,9 @@
 """MT-Bench's questions, answered in FastChat's form, and its judge's verdicts, read back.
 
-The answers are <evaluation>/mt_bench.jsonl, in the form of FastChat's data/mt_bench/model_answer/<model>.jsonl: copied there
-under the name of its model_id, FastChat's own gen_judgment.py scores them. What that leaves,
-data/mt_bench/model_judgment/<judge>_single.jsonl, goes to <run>/mt_bench_judgment/ for the report.
+The answers are <evaluation>/mt_bench.jsonl, in the form of FastChat's
+data/mt_bench/model_answer/<model>.jsonl: copied there under the name of its model_id, FastChat's own
+gen_judgment.py scores them. What that leaves, data/mt_bench/model_judgment/<judge>_single.jsonl, goes to
+<run>/mt_bench_judgment/ for the report.
 """
 
 import hashlib
@@ -22,12 +23,21 @@ log = logging.getLogger("spin")
 QUESTIONS = "mt_bench/question.jsonl"
 MAX_NEW_TOKENS = 1024
 # FastChat's temperatures by category; 0.7 where it says nothing.
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0,
-                "coding": 0.0, "reasoning": 0.0, "arena-hard-200": 0.0}  # fmt: skip
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "arena-hard-200": 0.0,
+}
 
 
 class MTBench:
-    """Two turns for each question, the second asked with the first one's answer; temperatures are FastChat's."""
+    """Two turns a question, the second asked after the first one's answer; FastChat's temperatures."""
 
     name = "mt_bench"
 
@@ -36,7 +46,10 @@ class MTBench:
         self.questions = [self._checked(where, row) for where, row in read_rows(str(self.file))]
         self.questions = self.questions[: settings.limit or None]
         if template == "plain":
-            log.warning("mt_bench: the questions are put as they are; for a chat model set train.template, to zephyr, say")
+            log.warning(
+                "mt_bench: the questions are put as they are; for a chat model set train.template, to "
+                "zephyr, say"
+            )
 
     @staticmethod
     def missing(settings: Evaluate) -> str:
@@ -63,7 +76,9 @@ class MTBench:
 
     def check(self, tokenizer: Tokenizer, max_length: int) -> None:
         if max_length <= MAX_NEW_TOKENS:
-            raise ValueError(f"mt_bench: the model reads {max_length} tokens: no room for an answer; leave it out")
+            raise ValueError(
+                f"mt_bench: the model reads {max_length} tokens: no room for an answer; leave it out"
+            )
 
     def cost(self, doc: int) -> float:
         return 4 * MAX_NEW_TOKENS * len(self.questions[doc]["turns"])
@@ -77,11 +92,16 @@ class MTBench:
                 for doc in together:
                     talks[doc].append({"role": "user", "content": self.questions[doc]["turns"][turn]})
                 most = engine.max_length - MAX_NEW_TOKENS
-                prompts = [engine.tokenizer.encode_prompt(talks[doc], self.template)[-most:] for doc in together]
+                prompts = [
+                    engine.tokenizer.encode_prompt(talks[doc], self.template)[-most:] for doc in together
+                ]
                 stream = engine.generate(
-                    prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature,
-                    seed=self.settings.seed + turn, streams=together,
-                )  # fmt: skip
+                    prompts,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    temperature=temperature,
+                    seed=self.settings.seed + turn,
+                    streams=together,
+                )
                 for response in stream:
                     doc = together[response.index]
                     text = engine.tokenizer.decode_continuation(response.ids).strip()
@@ -106,7 +126,13 @@ class MTBench:
 
     def summary(self, rows: Sequence[dict]) -> dict:
         empty = sum(not text for row in rows for text in row["choices"][0]["turns"])
-        return {"documents": len(rows), "harness": "FastChat", "few_shot": 0, "model_id": rows[0]["model_id"], "empty": empty}
+        return {
+            "documents": len(rows),
+            "harness": "FastChat",
+            "few_shot": 0,
+            "model_id": rows[0]["model_id"],
+            "empty": empty,
+        }
 
 
 def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
@@ -117,16 +143,22 @@ def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
     scores: dict[str, dict[int, list[float]]] = {}
     files = sorted(directory.glob("*.jsonl"))
     if len(files) > 1:
-        raise ValueError(f"{directory}: {len(files)} files, where one judge's verdicts are wanted: {files[0].name}, …")
+        raise ValueError(
+            f"{directory}: {len(files)} files, where one judge's verdicts are wanted: {files[0].name}, …"
+        )
     for file in files:
         for where, row in read_rows(str(file)):
             if not isinstance(row, dict) or not {"model", "score", "turn"} <= row.keys():
-                raise ValueError(f"{where}: a verdict needs model, turn and score; is it FastChat's single-answer grading?")
+                raise ValueError(
+                    f"{where}: a verdict needs model, turn and score; is it FastChat's single-answer grading?"
+                )
             if row["score"] != -1:
                 scores.setdefault(row["model"], {}).setdefault(row["turn"], []).append(row["score"])
     result = {}
     for model, turns in scores.items():
         every = [score for of_turn in turns.values() for score in of_turn]
-        result[model] = {f"turn {turn}": sum(of_turn) / len(of_turn) for turn, of_turn in sorted(turns.items())}
+        result[model] = {
+            f"turn {turn}": sum(of_turn) / len(of_turn) for turn, of_turn in sorted(turns.items())
+        }
         result[model]["average"] = sum(every) / len(every)
     return result

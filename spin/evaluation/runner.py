@@ -1,7 +1,7 @@
 """All tasks of one model: what is missing is run, on any number of ranks, and what is there is kept.
 
-A task leaves <directory>/<task>.jsonl, an object for each document, and its line in <directory>/summary.json. Until then
-its documents are in <directory>/partial/, a file for each rank, from which a killed run goes on.
+A task leaves <directory>/<task>.jsonl, an object for each document, and its line in <directory>/summary.json.
+Until then its documents are in <directory>/partial/, a file for each rank, from which a killed run goes on.
 """
 
 import json
@@ -34,8 +34,8 @@ log = logging.getLogger("spin")
 def load_tasks(config: Config) -> list[Task]:
     """The tasks that evaluate.tasks names, with their documents.
 
-    Raises FileNotFoundError, naming for every data set that is not there the command that gets it, or ValueError for an
-    unknown task or a document that cannot be asked.
+    Raises FileNotFoundError, naming for every data set that is not there the command that gets it, or
+    ValueError for an unknown task or a document that cannot be asked.
     """
     return _load(config.evaluate, config.data, config.train.template) if config.evaluates else []
 
@@ -49,7 +49,9 @@ def _load(settings: Evaluate, form: Data, template: str) -> list[Task]:
     absent: list[str] = []
     for name in filter(None, (name.strip() for name in settings.tasks.split(","))):
         if name not in (*own, *BENCHMARKS, *GROUPS):
-            known = ", ".join([*own, *GROUPS, *(n for n in BENCHMARKS if not n.startswith("mmlu_")), "mmlu_<subject>"])
+            known = ", ".join(
+                [*own, *GROUPS, *(n for n in BENCHMARKS if not n.startswith("mmlu_")), "mmlu_<subject>"]
+            )
             raise ValueError(f"evaluate.tasks: unknown task {name!r}; known are {known}")
         for member in [name] if name == "mmlu" else GROUPS.get(name, [name]):
             if member == "mmlu":  # the subjects that are there, if any are
@@ -57,21 +59,36 @@ def _load(settings: Evaluate, form: Data, template: str) -> list[Task]:
                 there = [subject for subject, source in sources.items() if not source.missing(data)]
                 if not there:
                     command = BENCHMARKS[GROUPS["mmlu"][0]].source.command(data)
-                    absent.append(f"{data / 'mmlu'}: no subject with a test and a dev split; get them by\n    {command}")
+                    absent.append(
+                        f"{data / 'mmlu'}: no subject with a test and a dev split; get them by\n    {command}"
+                    )
                 elif len(there) < len(sources):
-                    log.warning("%s: %d of MMLU's %d subjects; the others are left out", data / "mmlu", len(there), len(sources))
+                    log.warning(
+                        "%s: %d of MMLU's %d subjects; the others are left out",
+                        data / "mmlu",
+                        len(there),
+                        len(sources),
+                    )
             else:
                 there = [member]
-                absent.append(own[member].missing(settings) if member in own else BENCHMARKS[member].source.missing(data))
+                absent.append(
+                    own[member].missing(settings)
+                    if member in own
+                    else BENCHMARKS[member].source.missing(data)
+                )
             wanted += [task for task in there if task not in wanted]
     if any(absent):
         raise FileNotFoundError("\n".join(filter(None, absent)))
-    load = lambda name: Benchmark(BENCHMARKS[name].load(data, settings.limit, settings.harness))  # noqa: E731
+
+    def load(name):
+        return Benchmark(BENCHMARKS[name].load(data, settings.limit, settings.harness))
+
     return [own[name](settings, form, template) if name in own else load(name) for name in wanted]
 
 
 def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> tuple[dict, bool]:
-    """Run every task that is not in `directory` yet. Returns the summary, and whether there was something to do.
+    """Run every task that is not in `directory` yet. Returns the summary, and whether there was something to
+    do.
 
     Raises ValueError for results there of another model or other settings.
     """
@@ -127,7 +144,9 @@ def _name(config: Config, model_dir: Path) -> str:
 
 
 def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether transformers would put a BOS in front, by the tokenizer_config.json beside the sentencepiece model."""
+    """Whether transformers would put a BOS in front, by the tokenizer_config.json beside the sentencepiece
+    model.
+    """
     file = tokenizer.file.parent / "tokenizer_config.json"
     return not file.is_file() or read_json(file).get("add_bos_token") is not False
 
@@ -138,7 +157,9 @@ def _begin(directory: Path, origin: dict, tasks: list[Task], bos: bool) -> dict:
     if not file.is_file():
         leftovers = (".lock", "summary.json.partial")
         if directory.is_dir() and any(path.name not in leftovers for path in directory.iterdir()):
-            raise ValueError(f"{directory}: exists and is no evaluation; choose another directory, or remove it")
+            raise ValueError(
+                f"{directory}: exists and is no evaluation; choose another directory, or remove it"
+            )
         write_whole(file, to_json({"origin": origin, "origins": {}, "tasks": {}}))
     summary = read_json(file)
     before = to_json(summary)
@@ -160,9 +181,14 @@ def _begin(directory: Path, origin: dict, tasks: list[Task], bos: bool) -> dict:
         for key in (key for key in own if was.get(key) != own[key]):
             changed.setdefault(_difference(key, was.get(key), own[key]), []).append(task.name)
     if changed:
-        few = lambda names: f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""  # noqa: E731
+
+        def few(names):
+            return f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
+
         listed = [what + few(names) for what, names in changed.items()]
-        raise ValueError(f"{directory}: made with {'; '.join(listed)}. Choose another directory, or remove it")
+        raise ValueError(
+            f"{directory}: made with {'; '.join(listed)}. Choose another directory, or remove it"
+        )
     if to_json(summary) != before:
         write_whole(file, to_json(summary))
     for partial in directory.glob("partial/*.jsonl"):
@@ -186,9 +212,13 @@ def _finish(directory: Path, task: Task) -> None:
     """A task's rows in their order, and its line in the summary."""
     by_doc = {row["doc"]: row for row in _rows(directory, task.name)}
     if sorted(by_doc) != list(range(len(task))):
-        raise ValueError(f"{directory}: {task.name} lacks {len(task) - len(by_doc)} documents; run the same command again")
+        raise ValueError(
+            f"{directory}: {task.name} lacks {len(task) - len(by_doc)} documents; run the same command again"
+        )
     rows = [by_doc[doc] for doc in range(len(task))]
-    write_whole(directory / f"{task.name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(
+        directory / f"{task.name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
     summary = read_json(directory / "summary.json")
     summary["tasks"][task.name] = task.summary(rows)
     groups = {"mmlu", *(f"mmlu_{group}" for group in MMLU_GROUPS)}
@@ -202,8 +232,8 @@ def _finish(directory: Path, task: Task) -> None:
 def mmlu_groups(tasks: dict[str, dict], wanted: Collection[str]) -> dict[str, dict]:
     """MMLU and its four groups, of the subjects that are wanted, once all of those are there.
 
-    acc weighs documents alike, as the harness does, with its pooled standard error; acc_by_subject weighs subjects alike,
-    as the leaderboard did.
+    acc weighs documents alike, as the harness does, with its pooled standard error; acc_by_subject weighs
+    subjects alike, as the leaderboard did.
     """
     result = {}
     groups = {f"mmlu_{group}": subjects.split() for group, subjects in MMLU_GROUPS.items()}
@@ -216,9 +246,15 @@ def mmlu_groups(tasks: dict[str, dict], wanted: Collection[str]) -> dict[str, di
         means, errors, sizes = ([task[key] for task in there] for key in ("acc", "acc_stderr", "documents"))
         acc, error = pooled(means, errors, sizes)
         result[name] = {
-            "acc": acc, "acc_stderr": error, "acc_by_subject": sum(means) / len(means),
-            "acc_by_subject_stderr": math.hypot(*errors) / len(errors), "documents": sum(sizes),
-            "subjects": len(there), "of_subjects": len(subjects), "few_shot": there[0]["few_shot"],
-            "harness": there[0]["harness"], "truncated": sum(task["truncated"] for task in there),
-        }  # fmt: skip
+            "acc": acc,
+            "acc_stderr": error,
+            "acc_by_subject": sum(means) / len(means),
+            "acc_by_subject_stderr": math.hypot(*errors) / len(errors),
+            "documents": sum(sizes),
+            "subjects": len(there),
+            "of_subjects": len(subjects),
+            "few_shot": there[0]["few_shot"],
+            "harness": there[0]["harness"],
+            "truncated": sum(task["truncated"] for task in there),
+        }
     return result

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations, for what is asked with choices: texts in, nats out.
 
-A document's requests are a context with each of its continuations. What several requests begin with is read once: in a
-micro-batch they are laid out as a tree, and what all documents begin with (the examples of an MMLU subject) is read
-before the first of them, its keys and values kept.
+A document's requests are a context with each of its continuations. What several requests begin with is read
+once: in a micro-batch they are laid out as a tree, and what all documents begin with (the examples of an MMLU
+subject) is read before the first of them, its keys and values kept.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from spin.packing import Packed, prefetched
 
-# Texts that lines might be told apart by: blanks at their ends, empty ones, bytes, what normalisers like to change.
+# Texts that lines might be told apart by: blanks at their ends, empty ones, bytes, what normalisers like to
+# change.
 _PROBE = "a\n  b \n\n c\n\n\n\tdé\u00a0ﬁ \n1.5\nAnswer: x\n"
 # A shared beginning of fewer tokens is not worth a pass of its own.
 SHORTEST_PREFIX = 32
@@ -60,9 +61,9 @@ class Encoder:
     def request(self, context: str, continuation: str, most: int, where: str) -> tuple[Request, bool]:
         """The two as ids, and whether they were cut at the left to the `most` that the model reads.
 
-        Blanks at the context's end go to the continuation; where the two are encoded together, the continuation is what
-        goes beyond the length of the context's own encoding. Raises ValueError for a continuation without a token, or
-        with more than `most`.
+        Blanks at the context's end go to the continuation; where the two are encoded together, the
+        continuation is what goes beyond the length of the context's own encoding. Raises ValueError for a
+        continuation without a token, or with more than `most`.
         """
         blank = len(context) - len(context.rstrip())
         if blank:
@@ -75,7 +76,9 @@ class Encoder:
             start = self.tokenizer.bos_id if self.tokenizer.bos_id >= 0 else self.tokenizer.eos_id
             ids, count = [start, *own], len(own)
         if not 0 < count <= most:
-            raise ValueError(f"{where}: a choice of {count} tokens, where 1 to {most} can be scored: {continuation!r:.200}")
+            raise ValueError(
+                f"{where}: a choice of {count} tokens, where 1 to {most} can be scored: {continuation!r:.200}"
+            )
         return Request(ids[-(most + 1) :], count), len(ids) > most + 1
 
 
@@ -88,10 +91,11 @@ def text_hash(texts: Sequence[str]) -> str:
 def loglikelihoods(
     model: Mistral, documents: Sequence[Sequence[Request]], token_budget: int, logit_chunk: int
 ) -> Iterator[tuple[int, list[float]]]:
-    """For each document, in an order of its own, its index and log p(continuation | context) of its requests, in nats.
+    """For each document, in an order of its own, its index and log p(continuation | context) of its requests,
+    in nats.
 
-    Log-softmax is taken in fp32, whatever the model computes in. A micro-batch has at most `token_budget` tokens, or one
-    document.
+    Log-softmax is taken in fp32, whatever the model computes in. A micro-batch has at most `token_budget`
+    tokens, or one document.
     """
     device = next(model.parameters()).device
     inputs = [[request.ids[:-1] for request in document] for document in documents]
@@ -102,19 +106,34 @@ def loglikelihoods(
         prefix = Prefix()
         ids = torch.tensor(inputs[0][0][:shared], device=device)
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        model(ids, torch.arange(shared, device=device), Segments.causal([shared], device), at=none, targets=none, prefix=prefix)
+        model(
+            ids,
+            torch.arange(shared, device=device),
+            Segments.causal([shared], device),
+            at=none,
+            targets=none,
+            prefix=prefix,
+        )
     else:
         shared = 0
     packs = (
-        (members, pack_tree([r for i in members for r in documents[i]], inputs[members[0]][0][:shared]).to(device))
+        (
+            members,
+            pack_tree([r for i in members for r in documents[i]], inputs[members[0]][0][:shared]).to(device),
+        )
         for members in _micro_batches(order, inputs, shared, token_budget)
     )
     with closing(prefetched(packs)) as coming:
         for members, packed in coming:
             logps = model(
-                packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=logit_chunk,
+                packed.tokens,
+                packed.positions,
+                packed.segments,
+                at=packed.at,
+                targets=packed.targets,
+                chunk=logit_chunk,
                 prefix=prefix,
-            )  # fmt: skip
+            )
             sums = [part.sum().item() for part in logps.cpu().split(packed.lengths.tolist())]
             for i in members:
                 scores, sums = sums[: len(documents[i])], sums[len(documents[i]) :]
@@ -122,11 +141,12 @@ def loglikelihoods(
 
 
 def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> Packed:
-    """Requests as one stream, in which what two of them begin with stands once; a prefix of all stands before it.
+    """Requests as one stream, in which what two of them begin with stands once; a prefix of all stands before
+    it.
 
-    Sorted, each request shares the most with the one before it. What it has beyond that is a segment of the stream, whose
-    keys are the rows of the request's whole text. Rows of the prefix count as keys alone. `lengths` are the requests'
-    own, in the order given.
+    Sorted, each request shares the most with the one before it. What it has beyond that is a segment of the
+    stream, whose keys are the rows of the request's whole text. Rows of the prefix count as keys alone.
+    `lengths` are the requests' own, in the order given.
     """
     prefix = prefix or []
     order = sorted(range(len(requests)), key=lambda i: requests[i].ids[:-1])
@@ -149,7 +169,9 @@ def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> P
     targets = [torch.tensor(request.ids[-request.continuation :]) for request in requests]
     lengths = torch.tensor([request.continuation for request in requests])
     segments = Segments(q_offsets, k_offsets, torch.cat(keys))
-    return Packed(torch.tensor(tokens), torch.tensor(positions), segments, torch.cat(at), torch.cat(targets), lengths)
+    return Packed(
+        torch.tensor(tokens), torch.tensor(positions), segments, torch.cat(at), torch.cat(targets), lengths
+    )
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -167,7 +189,9 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 def _shared(documents: Sequence[Sequence[Request]], inputs: list[list[list[int]]]) -> int:
     """How many first tokens all requests share, of those from which nothing is predicted."""
     every = [ids for document in inputs for ids in document]
-    predicting = min(len(request.ids) - request.continuation - 1 for document in documents for request in document)
+    predicting = min(
+        len(request.ids) - request.continuation - 1 for document in documents for request in document
+    )
     return min(common_length(min(every), max(every)), predicting)
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the standard error from the sample's standard deviation (n - 1), as lm-evaluation-harness has it."""
+    """Mean, and the standard error from the sample's standard deviation (n - 1), as lm-evaluation-harness has
+    it.
+    """
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, float("nan")
@@ -14,7 +16,9 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pooled(means: Sequence[float], errors: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """Mean over all documents of several tasks, and its standard error from the pooled variance, as the harness has it."""
+    """Mean over all documents of several tasks, and its standard error from the pooled variance, as the
+    harness has it.
+    """
     total = sum(sizes)
     mean = sum(mean * size for mean, size in zip(means, sizes)) / total
     if total == len(sizes):
@@ -24,7 +28,9 @@ def pooled(means: Sequence[float], errors: Sequence[float], sizes: Sequence[int]
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of so uneven a split of the pairs that differ, if either way were as likely: McNemar's exact test."""
+    """Two-sided p of so uneven a split of the pairs that differ, if either way were as likely: McNemar's
+    exact test.
+    """
     n, k = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 

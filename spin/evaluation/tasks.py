@@ -1,9 +1,10 @@
 """The paper's benchmarks: where their documents are, how they are put to a model, and what their scores mean.
 
-Everything is as lm-evaluation-harness has it, in the version that `evaluate.harness` names: 0.4.13, or 0.4.0, the
-paper's (its commit 46c79664). What differs between the two is marked with HARNESSES. Documents lie as `hf download` leaves them:
+Everything is as lm-evaluation-harness has it, in the version that `evaluate.harness` names: 0.4.13, or 0.4.0,
+the paper's (its commit 46c79664). What differs between the two is marked with HARNESSES. Documents lie as `hf
+download` leaves them:
 
-    <data>/<folder>/<configuration>/<split>-00000-of-00001.parquet      or <split>.jsonl, with the same columns
+    <data>/<folder>/<configuration>/<split>-00000-of-00001.parquet   or <split>.jsonl, the same columns
 """
 
 import math
@@ -58,7 +59,10 @@ class Source:
         if not absent:
             return ""
         folder = data / self.repository.split("/")[1] / self.configuration
-        return f"{folder}: no {' and no '.join(absent)} split; get it by\n    {self.command(data, self.configuration)}"
+        return (
+            f"{folder}: no {' and no '.join(absent)} split; get it by\n    "
+            f"{self.command(data, self.configuration)}"
+        )
 
     def command(self, data: Path, only: str = "") -> str:
         """The shell command that gets the data set, or one configuration of it."""
@@ -75,7 +79,10 @@ class Source:
                     raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")
                 lacking = [column for column in columns if row.get(column) is None]
                 if lacking:
-                    raise ValueError(f"{where}: no {lacking[0]!r}, found {', '.join(map(repr, row))}; is it {self.repository}?")
+                    raise ValueError(
+                        f"{where}: no {lacking[0]!r}, found {', '.join(map(repr, row))}; is it "
+                        f"{self.repository}?"
+                    )
                 rows.append((where, row))
         if not rows:
             raise ValueError(f"{data}: no rows in {self.repository}'s {split} split")
@@ -92,7 +99,9 @@ def _openbookqa(row: dict) -> Question:
 
 def _labelled(text: str, choices: dict, answer: str) -> Question:
     if answer not in choices["label"]:
-        raise ValueError(f"the answer key {answer!r} is none of the labels {', '.join(map(repr, choices['label']))}")
+        raise ValueError(
+            f"the answer key {answer!r} is none of the labels {', '.join(map(repr, choices['label']))}"
+        )
     if len(choices["text"]) != len(choices["label"]):
         raise ValueError(f"{len(choices['text'])} choices for {len(choices['label'])} labels")
     return _question(text, choices["text"], choices["label"].index(answer))
@@ -130,7 +139,9 @@ def _truthfulqa(which: str) -> Callable[[dict], Question]:
         choices, labels = row[which]["choices"], row[which]["labels"]
         right = tuple(i for i, label in enumerate(labels) if label == 1)
         if len(choices) != len(labels) or not right:
-            raise ValueError(f"{which} has {len(choices)} choices with {len(labels)} labels, {len(right)} of them 1")
+            raise ValueError(
+                f"{which} has {len(choices)} choices with {len(labels)} labels, {len(right)} of them 1"
+            )
         text = f"{_TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:"
         return _question(text, choices, right if which == "mc2_targets" else 0)
 
@@ -180,7 +191,8 @@ class MultipleChoice:
 
     def load(self, data: Path, limit: int, harness: str) -> "Documents":
         """Raises ValueError with file and row for a document that cannot be asked."""
-        few_shot = 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot  # that version dropped them
+        # that version dropped them
+        few_shot = 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot
         rows = self.source.rows(data, self.source.split, self.columns)
         if self.name.startswith("bigbench"):
             rows = [(where, row) for where, row in rows if row["multiple_choice_targets"]]
@@ -191,7 +203,9 @@ class MultipleChoice:
             pool = self.source.rows(data, self.source.examples, self.columns)
             solved = [self._read(where, row).solved for where, row in pool]
             if len(pool) < few_shot:
-                raise ValueError(f"{pool[0][0]}: {few_shot} examples are needed, and its split has {len(pool)}")
+                raise ValueError(
+                    f"{pool[0][0]}: {few_shot} examples are needed, and its split has {len(pool)}"
+                )
             draw = [range(few_shot)] * len(rows) if self.first else drawn(rows, pool, few_shot, self.spare)
             texts = [self.description + "".join(solved[i] for i in chosen) for chosen in draw]
         return Documents(self, data, harness, few_shot, [where for where, _ in rows], questions, texts)
@@ -218,7 +232,10 @@ class MultipleChoice:
                 gold = range(wrong[0]) if wrong else gold
             mass = [math.exp(score) for score in scores]
             total = sum(mass)
-            return row | {"target": list(question.gold), "acc": sum(mass[i] for i in gold) / total if total else math.nan}
+            return row | {
+                "target": list(question.gold),
+                "acc": sum(mass[i] for i in gold) / total if total else math.nan,
+            }
         row["acc"] = int(prediction in question.gold)
         if "acc_norm" in self.metrics:  # by characters of the choice; an empty one is never taken
             by_length = [s / len(c) if c else -math.inf for s, c in zip(scores, question.choices)]
@@ -228,12 +245,15 @@ class MultipleChoice:
 
 
 def drawn(rows: Sequence, pool: Sequence, count: int, spare: bool) -> list[list[int]]:
-    """For each document in turn the places of its examples in the pool: one stream of random numbers for all of them.
+    """For each document in turn the places of its examples in the pool: one stream of random numbers for all
+    of them.
 
     Raises ValueError for a pool that is too small.
     """
     if len(pool) < count + spare:
-        raise ValueError(f"{pool[0][0]}: {len(pool)} rows, {count + spare} are needed to draw {count} examples")
+        raise ValueError(
+            f"{pool[0][0]}: {len(pool)} rows, {count + spare} are needed to draw {count} examples"
+        )
     rng = random.Random(FEW_SHOT_SEED)
     result = []
     for _, row in rows:
@@ -264,7 +284,10 @@ class Documents:
     @cached_property
     def digest(self) -> dict[str, str]:
         """{file: SHA-256} of what was read."""
-        source, splits = self.task.source, {self.task.source.split, *([self.task.source.examples] if self.few_shot else [])}
+        source, splits = (
+            self.task.source,
+            {self.task.source.split, *([self.task.source.examples] if self.few_shot else [])},
+        )
         files = [file for split in splits for file in source.files(self.data, split)]
         return {str(file.relative_to(self.data)): file_digest(file) for file in sorted(files)}
 
@@ -282,9 +305,14 @@ class GSM8K:
         columns = ("question", "answer")
         rows = self.source.rows(data, self.source.split, columns)[: limit or None]
         pool = self.source.rows(data, self.source.examples, columns)
-        ask = lambda row: f"Question: {row['question']}\nAnswer:"  # noqa: E731
+
+        def ask(row):
+            return f"Question: {row['question']}\nAnswer:"
+
         solved = [f"{ask(row)} {row['answer']}\n\n" for _, row in pool]
-        texts = ["".join(solved[i] for i in chosen) for chosen in drawn(rows, pool, self.few_shot, spare=False)]
+        texts = [
+            "".join(solved[i] for i in chosen) for chosen in drawn(rows, pool, self.few_shot, spare=False)
+        ]
         questions = [(ask(row), row["answer"]) for _, row in rows]
         return Documents(self, data, harness, self.few_shot, [where for where, _ in rows], questions, texts)
 
@@ -298,14 +326,24 @@ class GSM8K:
         return ["\n\n", "Question:"] if harness == "0.4.0" else ["Question:", "</s>", "<|im_end|>"]
 
     def measured(self, answer: str, text: str, harness: str) -> dict:
-        """Predictions and metrics of one document. exact_match is the harness's strict-match, the leaderboard's.
+        """Predictions and metrics of one document. exact_match is the harness's strict-match, the
+        leaderboard's.
 
-        Strict takes the first number after ####; flexible, which 0.4.0 did not have, the last number of the text.
+        Strict takes the first number after ####; flexible, which 0.4.0 did not have, the last number of the
+        text.
         """
         found = re.search(r"#### (\-?[0-9\.\,]+)", text)
         prediction = found[1].strip() if found else "[invalid]"
-        same = lambda a: int(_plain(a, harness) == _plain(answer, harness))  # noqa: E731
-        row = {"text": text, "prediction": prediction, "target": answer.split("#### ")[-1], "exact_match": same(prediction)}
+
+        def same(a):
+            return int(_plain(a, harness) == _plain(answer, harness))
+
+        row = {
+            "text": text,
+            "prediction": prediction,
+            "target": answer.split("#### ")[-1],
+            "exact_match": same(prediction),
+        }
         if harness == "0.4.0":
             return row
         numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
@@ -326,14 +364,15 @@ MMLU_GROUPS = {
     "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
     "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
     "high_school_mathematics high_school_physics high_school_statistics machine_learning",
-    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
-    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
-    "professional_law world_religions",
-    "social_sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
-    "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
-    "security_studies sociology us_foreign_policy",
-    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
-    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+    "humanities": "formal_logic high_school_european_history high_school_us_history "
+    "high_school_world_history international_law jurisprudence logical_fallacies moral_disputes "
+    "moral_scenarios philosophy prehistory professional_law world_religions",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management "
+    "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine "
+    "virology",
 }
 MMLU = {subject: group for group, subjects in MMLU_GROUPS.items() for subject in subjects.split()}
 
@@ -341,16 +380,23 @@ MMLU = {subject: group for group, subjects in MMLU_GROUPS.items() for subject in
 def _subject(name: str) -> MultipleChoice:
     about = name.replace("_", " ")
     return MultipleChoice(
-        f"mmlu_{name}", Source("cais/mmlu", name, "test", "dev"), ("question", "choices", "answer"), _mmlu, few_shot=5,
-        first=True, description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
-    )  # fmt: skip
+        f"mmlu_{name}",
+        Source("cais/mmlu", name, "test", "dev"),
+        ("question", "choices", "answer"),
+        _mmlu,
+        few_shot=5,
+        first=True,
+        description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
+    )
 
 
 def _bigbench_task(name: str) -> MultipleChoice:
     return MultipleChoice(
-        f"bigbench_{name}", Source("hails/bigbench", f"{name}_zero_shot", "default"),
-        ("inputs", "targets", "multiple_choice_targets"), _bigbench,
-    )  # fmt: skip
+        f"bigbench_{name}",
+        Source("hails/bigbench", f"{name}_zero_shot", "default"),
+        ("inputs", "targets", "multiple_choice_targets"),
+        _bigbench,
+    )
 
 
 _NORMED = ("acc", "acc_norm")
@@ -360,25 +406,45 @@ BENCHMARKS: dict[str, MultipleChoice | GSM8K] = {
     task.name: task
     for task in (
         MultipleChoice("arc_challenge", _ARC, ("question", "choices", "answerKey"), _arc, 25, _NORMED),
-        MultipleChoice("truthfulqa_mc1", _TRUTHFULQA, ("question", "mc1_targets"), _truthfulqa("mc1_targets")),
-        MultipleChoice("truthfulqa_mc2", _TRUTHFULQA, ("question", "mc2_targets"), _truthfulqa("mc2_targets")),
         MultipleChoice(
-            "winogrande", Source("allenai/winogrande", "winogrande_xl", "validation", "train"),
-            ("sentence", "option1", "option2", "answer"), _winogrande, 5, spare=True,
+            "truthfulqa_mc1", _TRUTHFULQA, ("question", "mc1_targets"), _truthfulqa("mc1_targets")
         ),
         MultipleChoice(
-            "hellaswag", Source("Rowan/hellaswag", "data", "validation", "train"),
-            ("activity_label", "ctx_a", "ctx_b", "endings", "label"), _hellaswag, 10, _NORMED, spare=True,
+            "truthfulqa_mc2", _TRUTHFULQA, ("question", "mc2_targets"), _truthfulqa("mc2_targets")
         ),
         MultipleChoice(
-            "openbookqa", Source("allenai/openbookqa", "main", "test"),
-            ("question_stem", "choices", "answerKey"), _openbookqa, 0, _NORMED,
+            "winogrande",
+            Source("allenai/winogrande", "winogrande_xl", "validation", "train"),
+            ("sentence", "option1", "option2", "answer"),
+            _winogrande,
+            5,
+            spare=True,
         ),
-        *map(_bigbench_task, ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation")),
+        MultipleChoice(
+            "hellaswag",
+            Source("Rowan/hellaswag", "data", "validation", "train"),
+            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+            _hellaswag,
+            10,
+            _NORMED,
+            spare=True,
+        ),
+        MultipleChoice(
+            "openbookqa",
+            Source("allenai/openbookqa", "main", "test"),
+            ("question_stem", "choices", "answerKey"),
+            _openbookqa,
+            0,
+            _NORMED,
+        ),
+        *map(
+            _bigbench_task,
+            ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation"),
+        ),
         *map(_subject, MMLU),
         GSM8K(),
     )
-}  # fmt: skip
+}
 GROUPS = {
     "mmlu": [f"mmlu_{subject}" for subject in MMLU],
     "bigbench": [name for name in BENCHMARKS if name.startswith("bigbench")],
