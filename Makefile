@@ -1,4 +1,5 @@
 # make demo       the default recipe, its control and its report
+# make check      format, lint, types and the fast tests: a minute, while editing
 # make test       the tests
 # make miniature  the default recipe over five seeds; fills docs/miniature.md
 # make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
@@ -10,13 +11,19 @@ RUN := $(BIN)/torchrun --standalone
 # The miniature's steps are too small to be shared by threads.
 TINY := OMP_NUM_THREADS=1 $(RUN)
 
-.PHONY: demo test miniature gsm8k base clean
+.PHONY: demo check test miniature gsm8k base clean
 
 demo: .venv/runtime
 	$(TINY) train.py --iter 0-3
 	@echo "The control: continued SFT on the same data, for the same steps"
 	$(TINY) train.py --iter 0-3 --run.dir=runs/tiny/control --model.base=runs/tiny/base/model --train.objective=sft
 	$(TINY) evaluate.py --iter base,0-3
+
+check: .venv/dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow" tests
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

@@ -6,6 +6,7 @@ python evaluate.py --compare runs/a/iter0/evaluation runs/a/iter3/evaluation
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from spin import cli
@@ -21,7 +22,7 @@ from spin.report import asked_report, evaluations, table, write_report
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--iter", help="which of the run's models: base, 0, 0-3, or several with commas")
@@ -37,7 +38,7 @@ def main() -> None:
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
     with cli.errors_in_words():
-        known, _ = parser.parse_known_args()
+        known, _ = parser.parse_known_args(argv)
         given = [
             f"--evaluate.{name}={getattr(known, name)}"
             for name in SETTINGS
@@ -48,7 +49,7 @@ def main() -> None:
             return
         # A checkpoint of unknown origin is not asked by the default recipe's settings, but by the defaults.
         parser.set_defaults(config="" if known.model else "configs/tiny.toml")
-        arguments, recipe = cli.parse(parser, given)
+        arguments, recipe = cli.parse(parser, argv, given)
         if arguments.model:
             evaluate_directory(recipe.at(0), arguments.model, arguments.out)
         elif arguments.report:

@@ -19,7 +19,7 @@ from spin.iteration import check, check_model, run_base, run_iteration, working_
 from spin.talk import Speaker, side_by_side
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
@@ -37,7 +37,7 @@ def main() -> None:
     what.add_argument("--prompt", help="talk: a question, put under the training's template")
     what.add_argument("--interactive", action="store_true", help="talk: a question on each line")
     with cli.errors_in_words():
-        arguments, recipe = cli.parse(parser)
+        arguments, recipe = cli.parse(parser, argv)
         if arguments.interactive or arguments.prompt is not None:
             models = _models(arguments, recipe)
             if arguments.prompt is not None:

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 train.py --config configs/zephyr-7b.toml --iter 0-3
 python train.py --sft                                      # the base model alone, by plain SFT
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spin import cli
@@ -13,13 +14,13 @@ from spin.iteration import check, evaluate_model, run_base, run_iteration, worki
 from spin.report import write_report
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--iter", help="which: 0, or 0-2, or 0,3")
     what.add_argument("--sft", action="store_true", help="train the base model by SFT")
     with cli.errors_in_words():
-        arguments, recipe = cli.parse(parser)
+        arguments, recipe = cli.parse(parser, argv)
         numbers = [] if arguments.sft else cli.iterations(arguments.iter)
         config = recipe.at(0)
         check(recipe, numbers)

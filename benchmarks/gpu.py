@@ -176,7 +176,10 @@ def tests(shape: Shape, options) -> dict:
     log-likelihoods.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "gpu", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     sys.stdout.write(done.stdout[-6000:])
     sys.stdout.write(done.stderr[-2000:])

@@ -131,10 +131,11 @@ def run_harness(
     model=None,
 ) -> dict:
     """simple_evaluate's result, {"results", "samples", …}, with the tasks' own names."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    evaluator.add_env_info = lambda storage: None  # lists the installed packages with pip, each time
     write_tasks(names, data, folder, paper)
 
     def few_shot(name):
@@ -150,7 +151,7 @@ def run_harness(
         )
     manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
     for name in names:
-        got = simple_evaluate(
+        got = evaluator.simple_evaluate(
             model,
             tasks=[f"own_{name}"],
             num_fewshot=few_shot(name),

@@ -25,7 +25,7 @@ IGNORED = set(
 """.split()
 )  # pretraining_tp only splits matrix products into summands
 # What transformers takes for a field that config.json leaves out.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict] = {
     "mistral": {
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-6,
@@ -148,8 +148,8 @@ class ModelConfig:
             kept["rope_theta"] = rope["rope_theta"]
         if model_type == "llama":
             kept.pop("sliding_window", None)  # Llama has none, whatever the file says
-        for field in fields(cls):
-            _check_type(where, field, kept)
+        for declared in fields(cls):
+            _check_type(where, declared, kept)
         kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
         if "head_dim" not in kept:
             kept["head_dim"] = kept["hidden_size"] // max(1, kept["num_attention_heads"])

@@ -67,7 +67,7 @@ class Prefix:
     stream's `Segments.key_index` counts its P rows first: key row P + t is the stream's row t.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def before(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,16 +94,16 @@ class Attention(nn.Module):
         """What each token takes from those it sees (T, H·D)."""
         if prefix is not None:
             k, v = prefix.before(self.layer, k, v)
-        if cache is not None:
-            cache.write(self.layer, k, v, slots, positions)
         n = 0 if step is None else len(step.lengths)
         parts = []
-        if step is not None:
-            parts.append(attend_cached(q[:n], *cache.read(self.layer, n), step, self.window, backend))
+        if cache is not None:
+            cache.write(self.layer, k, v, slots, positions)
+            if step is not None:
+                parts.append(attend_cached(q[:n], *cache.read(self.layer, n), step, self.window, backend))
         if segments is not None:
-            # A slice from 0 on would cost a copy in the backward pass.
-            fresh = (x[n:] for x in (q, k, v)) if n else (q, k, v)
-            parts.append(attend(*fresh, segments, self.window, backend))
+            if n:  # a slice from 0 on would cost a copy in the backward pass
+                q, k, v = q[n:], k[n:], v[n:]
+            parts.append(attend(q, k, v, segments, self.window, backend))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # (T, H, D)
         return out.flatten(1)
 
@@ -152,7 +152,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *context) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x, *context)
-        kept = {"context_fn": _keep_products} if self.checkpointing == "selective" else {}
+        kept: dict = {"context_fn": _keep_products} if self.checkpointing == "selective" else {}
         return checkpoint(self._forward, x, *context, use_reentrant=False, preserve_rng_state=False, **kept)
 
     def _forward(self, x: Tensor, rope, *context) -> Tensor:
@@ -199,7 +199,7 @@ class Mistral(nn.Module):
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = self.get_parameter("model.embed_tokens.weight")
 
     def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), as Mistral's; norms
@@ -258,8 +258,11 @@ class Mistral(nn.Module):
         rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         backend = self.backend(x)
         decoding = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
-        step = cache.decoding(positions[:decoding]) if decoding else None
-        for block in self.model["layers"]:
+        step = None
+        if decoding:
+            assert cache is not None
+            step = cache.decoding(positions[:decoding])
+        for block in self.model["layers"].children():
             x = block(x, rope, backend, segments, step, cache, slots, positions, prefix)
         if at is not None:
             x = x[at]  # (R, E)

@@ -38,14 +38,14 @@ LOWEST_TEMPERATURE = 1e-6  # below it logits over temperature may leave fp32
 class Token(NamedTuple):
     """One more token of a response."""
 
-    index: int  # which response: prompt · samples + sample
+    index: int  # type: ignore[assignment]  # hides tuple.index; which response: prompt · samples + sample
     id: int
     logp: float | None  # log p(token | prompt, response so far) of the model itself, in nats, where asked for
     last: bool
 
 
 class Response(NamedTuple):
-    index: int  # which response: prompt · samples + sample
+    index: int  # type: ignore[assignment]  # hides tuple.index; which response: prompt · samples + sample
     ids: list[int]  # the last one is eos_id, unless the response was cut
     logps: list[float] | None  # as in Token
 
@@ -65,7 +65,7 @@ def generate_stream(model: Mistral, prompts: Sequence[Sequence[int]], **settings
             begun[token.index] = Response(token.index, [], None if token.logp is None else [])
         response = begun[token.index]
         response.ids.append(token.id)
-        if token.logp is not None:
+        if token.logp is not None and response.logps is not None:
             response.logps.append(token.logp)
         if token.last:
             yield begun.pop(token.index)
@@ -119,11 +119,12 @@ def generate_tokens(
         slots: sequences decoded side by side; 0: as many as memory holds, at most MOST_SLOTS
         memory: bytes that may be used for that; 0: what the device, or the machine, has free
         slot_length: tokens that a slot has room for; 0: what the longest prompt needs
-        fixed_slots: batch-invariant. Every step has all slots in it, idle ones included, and every prompt is
-            read by itself, so that a kernel whose rounding depends on its operands' shapes rounds a sequence
-            the same way in any company (given the same slots, slot_length and, on a CPU, number of threads:
-            from the first two FlashAttention decides into how many parts it splits the keys). It costs what
-            the idle rows and the lone prompts cost
+        fixed_slots: batch-invariant: the bits of a response do not depend on the other prompts. Every step
+            computes all slots, idle ones included, every prompt is read by itself, and a sequence decodes in
+            the slot of its number, (stream · samples + sample) mod slots. So the operands of each kernel have
+            the same shapes, and a sequence the same rows in them, whatever runs beside it; a kernel may round
+            by either. Conditions: the same slots, slot_length, device and, on a CPU, number of threads. Costs
+            the idle rows and the lone prompts
         prefill_tokens: most prompt tokens read in one forward pass (a longer prompt gets a pass of its own)
         vocab_limit: ids from here on are never chosen, where a model has more than its tokenizer
         stop: is told each token (index, id), those of a response in turn, and says whether the response ends
@@ -165,13 +166,15 @@ def generate_tokens(
     slots = slots or fitting_slots(model, length, memory or free_memory(device))
     if not fixed_slots:
         slots = min(slots, len(prompts) * samples)
-    waiting = deque(
-        _Sequence(i * samples + copy, (i if streams is None else streams[i]) + (copy << 32), prompts[i])
-        # the longest first: no late straggler
-        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for copy in range(samples)
-    )
-    active: list[_Sequence] = []  # active[s] is in slot s: the slots in use are always the first ones
+    # The longest prompts first: no late straggler. With fixed slots, each slot has a queue of its own.
+    queues: list[deque[_Sequence]] = [deque() for _ in range(slots if fixed_slots else 1)]
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        number = i if streams is None else streams[i]
+        for copy in range(samples):
+            queue = queues[(number * samples + copy) % len(queues)]
+            queue.append(_Sequence(i * samples + copy, number + (copy << 32), prompts[i]))
+    waiting = queues[0]  # without fixed slots, of all
+    active: dict[int, _Sequence] = {}  # by slot; without fixed slots always the first ones
     graphs = device.type in GRAPHS_ON  # they always look at whole slots
     # A free slot gets the next prompt at once; only where steps are replayed, which a pass with prompts in it
     # is not, are a few of many let run free before there is such a pass.
@@ -225,50 +228,56 @@ def generate_tokens(
 
     replay = _replayed(step, state, slots) if graphs else step
 
-    @torch.inference_mode()
-    def advance() -> list[Token]:
-        """One forward pass, and the tokens that it gives."""
-        nonlocal active, filling
-        first, fresh = len(active), []
-        room = 0 if fixed_slots else prefill_tokens
+    def next_pass() -> tuple[int, list[_Sequence], int]:
+        """What the next forward pass has: rows that decode, sequences that begin, the first one's slot."""
+        nonlocal filling
+        if fixed_slots:  # a prompt by itself, or a step of all slots
+            free = [slot for slot, queue in enumerate(queues) if queue and slot not in active][:1]
+            return (0, [queues[free[0]].popleft()], free[0]) if free else (slots, [], 0)
+        fresh: list[_Sequence] = []
+        first, room = len(active), prefill_tokens
         filling = bool(waiting) and first < slots and (filling or slots - first >= min(refill, len(waiting)))
         if filling:
             while waiting and first + len(fresh) < slots and (not fresh or len(waiting[0].prompt) <= room):
                 fresh.append(waiting.popleft())
                 room -= len(fresh[-1].prompt)
-        if active and not graphs and not fixed_slots:
-            cache.longest = max(sequence.length for sequence in active)
-        begin = 0
-        if not fresh:
-            replay(slots if fixed_slots else first)
-        elif fixed_slots:
-            begin = first
-            step(0, fresh, first)
-        else:
-            step(first, fresh, first)
-        active += fresh
+        return first, fresh, first
 
-        ids = tokens[begin : len(active)].tolist()
-        values = token_logps[begin : len(active)].tolist() if logps else [None] * len(ids)
+    @torch.inference_mode()
+    def advance() -> list[Token]:
+        """One forward pass, and the tokens that it gives."""
+        if active and not graphs and not fixed_slots:
+            cache.longest = max(sequence.length for sequence in active.values())
+        decoding, fresh, first = next_pass()
+        if fresh:
+            step(decoding, fresh, first)
+        else:
+            replay(decoding)
+        begun = dict(enumerate(fresh, first))
+        active.update(begun)
+
+        ids, values = tokens.tolist(), token_logps.tolist() if logps else [None] * slots
         given, ended = [], []
-        for slot, (token, logp) in enumerate(zip(ids, values), begin):
+        for slot in sorted(active if decoding else begun):
             sequence = active[slot]
             sequence.tokens += 1
-            last = token == eos_id or sequence.tokens == max_new_tokens
-            last = last or (stop is not None and stop(sequence.index, token))
+            last = ids[slot] == eos_id or sequence.tokens == max_new_tokens
+            last = last or (stop is not None and stop(sequence.index, ids[slot]))
             if last:
                 ended.append(slot)
-            given.append(Token(sequence.index, token, logp, last))
+            given.append(Token(sequence.index, ids[slot], values[slot], last))
         for slot in reversed(ended):
-            last_one = active.pop()
-            if slot < len(active):  # close the gap, so that a step reads whole slots and nothing else
-                cache.move(len(active), slot, last_one.length)
-                state[:, slot] = state[:, len(active)]
-                active[slot] = last_one
-            positions[len(active)] = 0  # idle: little to read
+            active.pop(slot)
+            positions[slot] = 0  # idle: little to read
+            if not fixed_slots and slot < (moved := len(active)):
+                # Close the gap, so that a step reads the first slots and nothing else.
+                active[slot] = active.pop(moved)
+                cache.move(moved, slot, active[slot].length)
+                state[:, slot] = state[:, moved]
+                positions[moved] = 0
         return given
 
-    while waiting or active:
+    while active or any(queues):
         yield from advance()  # out of inference mode, which would be left and entered with every token
 
 
@@ -343,6 +352,7 @@ def sample(
     """
     if temperature == 0:
         return logits.max(-1).indices  # of equal ones the first, like argmax, and sooner
+    assert uniforms is not None
     scores = logits if temperature == 1 else logits / temperature
     return at_quantiles(restricted(scores, top_k, top_p).softmax(-1), uniforms)
 

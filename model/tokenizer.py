@@ -148,8 +148,9 @@ def render(messages: Sequence[Message], template: str) -> list[str | None]:
 
     def text(piece: str):
         if parts[-1] is None:
-            parts.append("")
-        parts[-1] += piece
+            parts.append(piece)
+        else:
+            parts[-1] += piece
 
     for message in messages:
         role, content = message.get("role"), message.get("content")

@@ -67,7 +67,7 @@ class Checkpoint:
                 raise ValueError(f"{index}: stands beside {name}: two checkpoints; remove one of them")
             if index.is_file() or (self.path / name).is_file():
                 self._mistral = name.startswith("consolidated")
-                self._head_dim = ModelConfig.from_pretrained(path).head_dim if self._mistral else None
+                self._head_dim = ModelConfig.from_pretrained(path).head_dim if self._mistral else 0
                 declared = _read_index(index) if index.is_file() else None
                 break
         else:
@@ -89,7 +89,7 @@ class Checkpoint:
         )
         self._entries: dict[str, tuple[Path, str, list[int], str]] = {}  # file, name in it, shape, dtype
         for file in self.files:
-            if not file.is_file():
+            if declared is not None and not file.is_file():
                 tensor = next(tensor for tensor, owner in declared.items() if owner == file.name)
                 raise FileNotFoundError(
                     f"{file}: no such file, where {index.name} has {tensor}; fetch it again"
@@ -209,7 +209,7 @@ def load_model(
     checkpoint.check(model)  # before memory is taken
     model.to_empty(device=device)
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
+        model.lm_head.weight = model.get_parameter("model.embed_tokens.weight")
     checkpoint.fill(model)
     return model.eval().requires_grad_(False)
 
@@ -279,7 +279,7 @@ def write_checkpoint(
                 file.write(_header({tensor: shapes[tensor] for tensor in shard}, dtype))
                 for tensor in shard:
                     value = get(tensor).detach().to("cpu", dtype).contiguous()
-                    file.write(memoryview(value.view(torch.uint8).numpy()))
+                    file.write(value.view(torch.uint8).numpy().data)
         else:
             for tensor in shard:
                 get(tensor)

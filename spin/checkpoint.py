@@ -84,6 +84,7 @@ class Checkpoints:
         copied = dcp.async_save(
             _state(self.model, self.optimizer), checkpoint_id=partial, process_group=self.group
         )
+        assert isinstance(copied, Future)  # what a stager of one's own would change
         self.pending = self.writer.submit(self._finish, copied, partial, path)
 
     @property

@@ -23,26 +23,28 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def parse(arguments: argparse.ArgumentParser, more: Sequence[str] = ()) -> tuple[argparse.Namespace, Recipe]:
-    """The parsed arguments, and the recipe with the overrides applied, and `more` of them."""
-    known, overrides = arguments.parse_known_args()
+def parse(
+    arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None, more: Sequence[str] = ()
+) -> tuple[argparse.Namespace, Recipe]:
+    """The parsed arguments (of the command line, if None), and the recipe with their overrides and `more`."""
+    known, overrides = arguments.parse_known_args(argv)
     return known, Recipe(known.config, [*overrides, *more])
 
 
 def iterations(text: str, base: bool = False) -> list[int]:
-    """[0, 1, 2, 5] from "0-2,5"; with `base`, "base" stands for -1. Raises ValueError."""
-    result: list[int] = []
+    """[0, 1, 2, 5] from "5,0-2", in ascending order; with `base`, "base" stands for -1. Raises ValueError."""
+    result: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if base and part == "base":
-            result.append(-1)
+            result.add(-1)
         elif first.isdigit() and (last.isdigit() if dash else True) and int(first) <= int(last or first):
-            result += range(int(first), int(last or first) + 1)
+            result.update(range(int(first), int(last or first) + 1))
         else:
             raise ValueError(
                 f"--iter {text}: write a number, a range or several, as in 0 or 0-2 or {'base,' * base}0,3"
             )
-    return result
+    return sorted(result)
 
 
 @contextmanager

@@ -15,8 +15,11 @@ Later wins: default, recipe, iteration, command line (`--train.lr=1e-7`).
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from model.attention import BACKENDS
 from model.mistral import RECOMPUTED
@@ -177,6 +180,8 @@ class Config:
         return self.base if iteration < 0 else self.iteration_dir(iteration) / "model"
 
 
+_SECTIONS = get_type_hints(Config)  # {"run": Run, …}
+_FIELDS = {f"{section}.{f.name}": f for section, kind in _SECTIONS.items() for f in fields(kind)}
 _CHOICES = {
     "model.save_dtype": ("bfloat16", "float32"),
     "model.attention": ("auto", *BACKENDS),
@@ -197,20 +202,10 @@ _CHOICES = {
     "sft.activation_checkpointing": tuple(RECOMPUTED),
     "evaluate.dtype": ("bfloat16", "float32"),
 }
-_POSITIVE = ("max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget")
-_POSITIVE += ("logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every")
-_NOT_NEGATIVE = (
-    "shard_size",
-    "num_prompts",
-    "temperature",
-    "top_k",
-    "slots",
-    "lr",
-    "schedule_epochs",
-    "beta",
-    "replay",
-)
-_NOT_NEGATIVE += ("heldout_pairs", "limit")
+_POSITIVE = {"max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget"}
+_POSITIVE |= {"logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every"}
+_NOT_NEGATIVE = {"shard_size", "num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs"}
+_NOT_NEGATIVE |= {"beta", "replay", "heldout_pairs", "limit"}
 
 
 class Recipe:
@@ -219,7 +214,7 @@ class Recipe:
     Raises ValueError naming the file (or "command line"), the key, and the nearest known one.
     """
 
-    def __init__(self, path: str | Path, overrides: list[str] = ()):
+    def __init__(self, path: str | Path, overrides: Iterable[str] = ()):
         self.path = Path(path)
         if path and not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe; configs/ has some")
@@ -249,11 +244,11 @@ class Recipe:
 
 def build(values: dict[str, object]) -> Config:
     """A Config from {"section.key": value}; everything else has its default. Raises ValueError by key."""
-    sections: dict[str, dict] = {section.name: {} for section in fields(Config)}
+    sections: dict[str, dict] = {section: {} for section in _SECTIONS}
     for name, value in values.items():
         section, key = name.split(".", 1)
         sections[section][key] = value
-    config = Config(**{f.name: f.type(**sections[f.name]) for f in fields(Config)})
+    config = Config(**{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
     for name, value in flat(config).items():
         key = name.split(".")[1]
         if name in _CHOICES and value not in _CHOICES[name]:
@@ -262,9 +257,9 @@ def build(values: dict[str, object]) -> Config:
             raise ValueError(f"{name} = {value!r} is out of range")
     if not 0 < config.generate.top_p <= 1:
         raise ValueError(f"generate.top_p = {config.generate.top_p!r} is not in (0, 1]")
-    for name, part in (("generate", config.generate), ("evaluate", config.evaluate)):
-        if 0 < part.temperature < LOWEST_TEMPERATURE:
-            raise ValueError(f"{name}.temperature = {part.temperature!r} is too near 0; 0 is greedy")
+    for name, asked in (("generate", config.generate), ("evaluate", config.evaluate)):
+        if 0 < asked.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"{name}.temperature = {asked.temperature!r} is too near 0; 0 is greedy")
     if config.generate.fixed_slots and not config.generate.slots:
         raise ValueError(
             "generate.fixed_slots needs generate.slots: the text is the same for the same number of slots"
@@ -294,13 +289,9 @@ def build(values: dict[str, object]) -> Config:
     return config
 
 
-def flat(config: Config) -> dict[str, object]:
+def flat(config: Config) -> dict[str, Any]:
     """{"section.key": value} of every setting."""
-    return {
-        f"{s.name}.{f.name}": getattr(getattr(config, s.name), f.name)
-        for s in fields(config)
-        for f in fields(s.type)
-    }
+    return {name: attrgetter(name)(config) for name in _FIELDS}
 
 
 def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) -> list[str]:
@@ -309,7 +300,7 @@ def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) 
     What `old` lacks had its default: the setting came later than the file.
     """
     old = flat(Config()) | old
-    free = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type) if f.metadata.get("free")}
+    free = {name for name, f in _FIELDS.items() if f.metadata.get("free")}
     return [
         f"{name} = {value!r} (was {old[name]!r})"
         for name, value in flat(new).items()
@@ -320,10 +311,10 @@ def differences(old: dict[str, object], new: Config, sections: tuple[str, ...]) 
 def to_toml(config: Config) -> str:
     """The resolved settings as a recipe that gives them again."""
     lines = []
-    for section in fields(config):
-        lines.append(f"[{section.name}]")
-        for f in fields(section.type):
-            lines.append(f"{f.name} = {_toml_value(getattr(getattr(config, section.name), f.name))}")
+    for section in _SECTIONS:
+        lines.append(f"[{section}]")
+        for key, value in vars(getattr(config, section)).items():
+            lines.append(f"{key} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -353,10 +344,10 @@ def _flatten(table: dict, where: str) -> dict[str, object]:
 
 
 def _typed(name: str, value, where: str):
-    types = {f"{s.name}.{f.name}": f.type for s in fields(Config) for f in fields(s.type)}
-    if name not in types:
+    if name not in _FIELDS:
         raise ValueError(f"{where}: unknown setting {name}; {_nearest(name)}")
-    wanted = types[name]
+    wanted = _FIELDS[name].type
+    assert isinstance(wanted, type)  # a text only where annotations are postponed
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:
@@ -365,9 +356,8 @@ def _typed(name: str, value, where: str):
 
 
 def _nearest(name: str) -> str:
-    known = [f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type)]
-    by_key = [k for k in known if k.split(".")[1] == name.split(".")[-1]]
-    close = by_key or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    by_key = [k for k in _FIELDS if k.split(".")[1] == name.split(".")[-1]]
+    close = by_key or difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.0)
     return f"did you mean {close[0]}?"
 
 
@@ -376,8 +366,7 @@ def _parse_override(argument: str) -> tuple[str, object]:
     name, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals or "." not in name:
         raise ValueError(f"command line: {argument!r} is not of the form --section.key=value")
-    types = {f"{s.name}.{f.name}": f.type for s in fields(Config) for f in fields(s.type)}
-    if types.get(name) is str:
+    if name in _FIELDS and _FIELDS[name].type is str:
         return name, text
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -86,6 +86,7 @@ def load_generated(directory: Path, data: Data) -> list[Example]:
 
 def parse_row(row: dict, data: Data, where: str, need_generated: bool = False) -> Example:
     """One row as an Example. Raises ValueError, naming `where`, for a row in none of the known forms."""
+    prompt: tuple[Message, ...]
     generated = None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")

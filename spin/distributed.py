@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -215,7 +215,7 @@ def sharded_model(
     # Angles stay fp32, hence no cast of a block's inputs; what flows between blocks has `dtype` by itself.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = ranks.mesh if ranks.mesh["replicas"].size() > 1 else ranks.mesh["shards"]
-    for block in model.model["layers"]:
+    for block in model.model["layers"]:  # type: ignore[attr-defined]  # for ModuleDict, any Module
         block.checkpointing = checkpointing
         if compile:  # attention's segments differ in every pack, so it stays outside
             block.before = torch.compile(block.before, dynamic=True)
@@ -224,20 +224,27 @@ def sharded_model(
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=ranks.device)
     if not isinstance(source, ModelConfig):
-        checkpoint.fill(model, lambda parameter: (parameter.to_local(), shard_rows(parameter)))
+        checkpoint.fill(model, lambda parameter: (local(parameter), shard_rows(parameter)))
         return model
     with torch.no_grad():
         for parameter, values in model.draw_weights(seed):
-            parameter.to_local().copy_(values[shard_rows(parameter)])
+            local(parameter).copy_(values[shard_rows(parameter)])
     return model
 
 
-def shard_rows(parameter: DTensor) -> slice:
+def shard_rows(parameter: torch.Tensor) -> slice:
     """The rows of the whole parameter that this rank holds: torch.chunk's, as FSDP2 shards them."""
+    assert isinstance(parameter, DTensor)
     shards = parameter.device_mesh["shards"]
     size = -(-parameter.shape[0] // shards.size())
     start = min(shards.get_local_rank() * size, parameter.shape[0])
     return slice(start, min(start + size, parameter.shape[0]))
+
+
+def fsdp(model: Mistral) -> FSDPModule:
+    """A sharded model as the class whose methods `fully_shard` gave it."""
+    assert isinstance(model, FSDPModule)
+    return model
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

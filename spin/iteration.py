@@ -70,7 +70,7 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
             raise FileNotFoundError(
                 f"{opponent}: no such directory; model.base is the SFT model to start from"
             )
-        elif n - 1 not in iterations:
+        elif architecture is None or n - 1 not in iterations:
             raise FileNotFoundError(
                 f"{opponent}: no such directory; iteration {n} needs it: run --iter {n - 1} first"
             )

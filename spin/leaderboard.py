@@ -112,7 +112,7 @@ def leaderboard_table(found: dict[str, dict]) -> str:
         cells = ["" if value is None else _with_error(value, error) for value, error in zip(ours, errors)]
         rows.append([shown(model), *cells, _percent(_average(ours))])
         if model in PAPER:
-            theirs = [*PAPER[model], _average(PAPER[model])]
+            theirs = [*PAPER[model], sum(PAPER[model]) / len(PAPER[model])]
             rows.append(["— the paper", *map(_percent, theirs)])
             whole = [
                 tasks.get(task, {}).get("documents") == count
@@ -213,13 +213,11 @@ def plot_average(run: Path, found: dict[str, dict]) -> Path | None:
     has, if any.
     """
     own = {
-        model: scores(tasks)
+        model: {i: score for i, score in enumerate(scores(tasks)) if score is not None}
         for model, tasks in found.items()
         if model in PAPER or model.startswith("iteration")
     }
-    common = [
-        i for i in range(len(LEADERBOARD)) if own and all(values[i] is not None for values in own.values())
-    ]
+    common = [i for i in range(len(LEADERBOARD)) if own and all(i in values for values in own.values())]
     if not common:
         return None
     plt = pyplot()
@@ -318,17 +316,15 @@ def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
     """
     own = [model for model in found if model in PAPER or model.startswith("iteration")]
     models = list(dict.fromkeys([*own[:1], *own[-1:], *(model for model in found if model not in own)]))
-    common = [
-        i for i in range(len(LEADERBOARD)) if all(scores(found[model])[i] is not None for model in models)
-    ]
+    common = [entry for entry in LEADERBOARD if all(entry[0] in found[model] for model in models)]
     if len(common) < 3 or len(models) < 2:
         return None
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * k / len(common) for k in range(len(common))]
-    lowest = min(scores(found[model])[i] for model in models for i in common)
-    for place, model in enumerate(models):
-        values = [scores(found[model])[i] for i in common]
+    curves = {model: [100 * found[model][task][metric] for task, metric, _ in common] for model in models}
+    lowest = min(value for values in curves.values() for value in values)
+    for place, (model, values) in enumerate(curves.items()):
         axes.plot(
             [*angles, angles[0]],
             [*values, values[0]],
@@ -337,7 +333,7 @@ def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
             linestyle=("-", "--", "-.", ":")[place % 4],
             label=shown(model),
         )
-    axes.set_xticks(angles, [LEADERBOARD[i][2] for i in common])
+    axes.set_xticks(angles, [name for *_, name in common])
     axes.tick_params(axis="x", pad=14)
     axes.set_rlabel_position(30)
     axes.set_ylim(max(0, 10 * math.floor(lowest / 10 - 0.5)), None)
@@ -356,7 +352,8 @@ def _short(model: str) -> str:
 
 
 def _average(values: Sequence[float | None]) -> float | None:
-    return None if any(value is None for value in values) else sum(values) / len(values)
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if len(there) == len(values) else None
 
 
 def _percent(value: float | None) -> str:

@@ -19,7 +19,7 @@ from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config, Data, Generate
 from spin.data import Example, digest, encode_prompts, load_generated
-from spin.distributed import Ranks
+from spin.distributed import Ranks, fsdp
 from spin.files import commit, cut_unfinished_line, read_json, to_json, write_whole
 from spin.logps import response_logps
 from spin.packing import Item, flops, micro_batches, pack, prefetched
@@ -61,7 +61,12 @@ def generate_pairs(
 
     done = ranks.from_first(repair)
     missing = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(prompts[i]))
-    mine = missing[ranks.rank :: ranks.world_size]  # dealt by length: every rank has about as much to do
+    if (
+        settings.fixed_slots
+    ):  # a prompt has one slot, on any rank: deal so that a rank's slots have equally many
+        mine = [i for i in missing if i // settings.slots % ranks.world_size == ranks.rank]
+    else:  # by length: every rank has about as much to do
+        mine = missing[ranks.rank :: ranks.world_size]
     model = load_model(source, getattr(torch, settings.dtype), ranks.device, config.model.attention)
     # The same for all ranks and after an interruption: shapes move roundings.
     slot_length = max(map(len, prompts)) + settings.max_new_tokens
@@ -289,5 +294,5 @@ def score(model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk:
             bar.update(min(len(places) * ranks.world_size, len(items) - bar.n))
         bar.update(len(items) - bar.n)
     # FSDP leaves the root's parameters gathered after a forward pass; an optimizer must see shards
-    model.reshard()
+    fsdp(model).reshard()
     return ranks.sum_tensor(result)

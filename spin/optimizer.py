@@ -42,7 +42,7 @@ class RMSprop(torch.optim.Optimizer):
             state["square_avg"] = state["square_avg"].to(self.second_moment)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]  # no closure is ever given
         for group in self.param_groups:
             lr, alpha, eps = float(group["lr"]), group["alpha"], group["eps"]
             for place, parameter in enumerate(group["params"]):
@@ -65,7 +65,7 @@ class RMSprop(torch.optim.Optimizer):
                         v.copy_(randomly_rounded(exact, generator))
 
 
-def randomly_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
+def randomly_rounded(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Round x, fp32, to a bfloat16 neighbour at random, with expectation x. Overwrites x."""
     bits = x.view(torch.int32)  # bfloat16 is the upper half of fp32's bits
     bits += torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)

@@ -5,7 +5,7 @@ The prompt stands once, its responses after it: [x][y][y']. Every response sees 
 question packs its choices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -163,7 +163,7 @@ def micro_batches(
     return [batches + [[]] * (most - len(batches)) for batches in result]
 
 
-def prefetched(values: Iterator) -> Iterator:
+def prefetched(values: Iterator) -> Generator:
     """The same values; while one is in use, the next is made in a thread."""
     with ThreadPoolExecutor(1) as thread:
         end = object()

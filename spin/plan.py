@@ -11,6 +11,7 @@ own buffers, fragmentation.
 
 import sys
 import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -28,11 +29,11 @@ from model.mistral import Mistral
 from model.sampler import CACHE_SHARE, MOST_SLOTS
 from spin import cli
 from spin.config import Config
-from spin.distributed import DTensor, Ranks, local, pretended_ranks, sharded_model
+from spin.distributed import DTensor, Ranks, fsdp, local, pretended_ranks, sharded_model
 from spin.files import read_json
 from spin.logps import response_logps
 from spin.metrics import PEAKS
-from spin.optimizer import CHUNK, make_optimizer, state_bytes
+from spin.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
 from spin.packing import Item, flops, pack
 from spin.trainer import alike, backward, spin_step
 
@@ -56,7 +57,7 @@ class Memory(TorchDispatchMode):
     state); what lives when a backward pass begins, and has no name yet, is activations.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []  # (number of a storage, bytes it has from now on)
         self.kinds: dict[int, str] = {}
@@ -155,10 +156,12 @@ class Plan:
             self.model = sharded_model(
                 architecture, ranks, getattr(torch, part.dtype), part.activation_checkpointing
             )
-            self.model.backend = lambda x: "torch-flash"  # a GPU's; flash-attn allocates alike
+            # a GPU's; flash-attn allocates alike
+            self.model.backend = lambda x: "torch-flash"  # type: ignore[method-assign]  # of this model alone
             self.parameters = list(self.model.parameters())
             self.optimizer = make_optimizer(part, self.parameters)
-            self.optimizer.chunk = CHUNK["cuda"]
+            if isinstance(self.optimizer, RMSprop):
+                self.optimizer.chunk = CHUNK["cuda"]
             # the optimizer's state is made, and DTensor learns the shapes
             with norms_of_a_gpu(), Memory() as memory:
                 self._step(memory, filling(64, config))
@@ -174,7 +177,7 @@ class Plan:
         with self.mode, norms_of_a_gpu(), Memory() as memory, torch.no_grad():
             memory.name("parameters", self.parameters)
             self._logps(filling(budget, self.config))
-            self.model.reshard()
+            fsdp(self.model).reshard()
         return memory.peak()
 
     def largest_budget(self, free: float) -> int:
@@ -356,7 +359,7 @@ def _hours(seconds: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     parser.add_argument(
         "--iter", type=int, default=0, help="the iteration whose settings are taken (default: 0)"
@@ -381,7 +384,7 @@ def main() -> None:
         "(default: %(default)s, about UltraChat's under these limits)",
     )
     with cli.errors_in_words():
-        arguments, recipe = cli.parse(parser)
+        arguments, recipe = cli.parse(parser, argv)
         config = recipe.at(arguments.iter)
         architecture = _architecture(arguments.architecture, config, recipe.path)
         pairs = arguments.pairs or config.data.num_prompts

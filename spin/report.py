@@ -149,7 +149,7 @@ def generated(run: Path) -> dict[str, dict[str, str]]:
             if (directory / "generated").is_dir():
                 pairs = load_generated(directory / "generated", Data())
                 found.setdefault("data", {}).update((pair.question, pair.real) for pair in pairs)
-                found[opponent] = {pair.question: pair.generated for pair in pairs}
+                found[opponent] = {pair.question: pair.generated or "" for pair in pairs}
             opponent = name
     return found
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from model.attention import moved
 from model.mistral import Mistral
 from spin.checkpoint import Checkpoints
 from spin.config import Optimization, Train
-from spin.distributed import Ranks
+from spin.distributed import Ranks, fsdp, whole
 from spin.logps import response_logps
 from spin.loss import initial_loss, margins, spin_loss
 from spin.metrics import Log, peak_flops
@@ -119,13 +119,13 @@ def train(
             seen = []
             mine = examples.share(batch)
             for k, chosen in enumerate(mine, 1):
-                logps, loss, stats = examples.forward(*next(packs), batch)
+                logps, loss, stats = examples.forward(batch, *next(packs))
                 backward(part, model, loss, ranks, last=k == len(mine))
                 sums[: len(stats)] += torch.stack(stats).detach().double()
                 seen.append((chosen, logps.detach()))
             norm = float(clip_gradient(model, part.max_grad_norm))
-            *sums, stopping = ranks.sum([*sums.tolist(), bool(stop) or checkpoints.failed])
-            means = dict(zip(METRICS, sums))
+            *totals, stopping = ranks.sum([*sums.tolist(), bool(stop) or checkpoints.failed])
+            means = dict(zip(METRICS, totals))
             if not math.isfinite(norm) or not math.isfinite(means["loss"]):
                 bad = ranks.gather([i for chosen, logps in seen for i in not_finite(chosen, logps)])
                 bad = sorted(i for of_rank in bad for i in of_rank)
@@ -136,6 +136,7 @@ def train(
                     "A lower lr or beta may help; the last checkpoint is intact"
                 )
             if step == 0 and opponent is not None:
+                assert isinstance(part, Train)
                 _check_first_step(part, means, examples.response_tokens(batch) / len(batch))
             for group in optimizer.param_groups:
                 group |= {"lr": schedule.lr(step), "step": step}
@@ -193,7 +194,7 @@ class Examples:
             return pack(items).to(device), None, None
         return pack(items).to(device), moved(self.opponent[chosen], device), moved(alike(items), device)
 
-    def forward(self, packed: Packed, opponent: Tensor | None, same: Tensor | None, batch: Sequence[int]):
+    def forward(self, batch: Sequence[int], packed: Packed, opponent: Tensor | None, same: Tensor | None):
         """Log-probabilities of a micro-batch (C,), and its share of the loss and the metrics of a step's
         examples.
         """
@@ -201,6 +202,7 @@ class Examples:
         if opponent is None:
             loss = -logps.sum() / self.response_tokens(batch)
             return logps, loss, [loss]
+        assert isinstance(self.part, Train) and same is not None
         return logps, *spin_step(self.part, logps, opponent, same, len(batch))
 
     @torch.no_grad()
@@ -208,9 +210,9 @@ class Examples:
         """Loss, and of pairs accuracy and margin, of the examples kept aside."""
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.ranks.device)
         for chosen in self.share(self.aside):
-            stats = self.forward(*self.load(chosen), self.aside)[-1]
+            stats = self.forward(self.aside, *self.load(chosen))[-1]
             sums[: len(stats)] += torch.stack(stats).double()
-        self.model.reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
+        fsdp(self.model).reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
         means = dict(zip(METRICS, self.ranks.sum(sums.tolist())))
         return {
             f"heldout_{name}": means[name]
@@ -253,7 +255,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def asked_to_stop():
+def asked_to_stop() -> Iterator[list[int]]:
     """Yields a list that is empty until the process receives SIGTERM or SIGINT, which do not end it
     meanwhile, however many: torchrun hands on each that it gets. One that is ignored (a script's background
     job ignores SIGINT) stays so.
@@ -329,10 +331,10 @@ def spin_step(
 def backward(part: Optimization, model: Mistral, loss: Tensor, ranks: Ranks, last: bool) -> None:
     """Add a micro-batch's gradient to what the ones before it gave. `last`: of the step."""
     if part.unsharded_gradients:
-        model.set_requires_gradient_sync(last)
+        fsdp(model).set_requires_gradient_sync(last)
     (loss * ranks.world_size).backward()  # FSDP averages gradients over the ranks; the batch's mean is wanted
 
 
 def clip_gradient(model: Mistral, limit: float) -> Tensor:
     """Scale the gradient down to norm `limit` if it is longer; returns its norm before, over all ranks."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit).full_tensor()
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))

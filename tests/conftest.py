@@ -1,59 +1,25 @@
-"""Small models, tokenizers and runs that the tests share. Everything is made here: no network, no GPU."""
+"""Fixtures that the tests share. Everything is made here: no network, no GPU."""
 
-import json
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from miniature.world import tokenizer_model
-from model.config import ModelConfig
-from model.mistral import Mistral
 from model.tokenizer import Tokenizer
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
+# Workers that run side by side share the cores, unless OMP_NUM_THREADS says how many threads each has.
+if "OMP_NUM_THREADS" not in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
-def small_config(**changes) -> ModelConfig:
-    return ModelConfig(**(SMALL | changes))
-
-
-def small_model(seed: int = 0, **changes) -> Mistral:
-    """Random weights, wide enough that attention is far from uniform and mistakes in it show."""
-    return Mistral(small_config(initializer_range=0.2, **changes)).init_weights(seed)
-
-
-def reference(model: Mistral):
-    """transformers' Mistral with the same weights, in fp32 and without any fused kernel."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        **{k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"}
-    )
-    config._attn_implementation = "eager"
-    other = MistralForCausalLM(config).eval()
-    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    other.tie_weights()
-    return other
-
-
-def random_ids(rng: random.Random, length: int, vocab: int = 97) -> list[int]:
-    return [rng.randrange(3, vocab) for _ in range(length)]
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker ends long after the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -69,52 +35,6 @@ def mistral_tokenizer() -> Tokenizer:
     """Mistral-7B-v0.1's sentencepiece model, which mistral-common carries."""
     mistral_common = pytest.importorskip("mistral_common")
     return Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
-
-
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-        ]
-    return [*launcher, str(ROOT / script), *arguments]
-
-
-def run_script(
-    script: str,
-    *arguments: str,
-    ranks: int = 1,
-    fails: bool = False,
-    stderr: bool = True,
-    typed: str | None = None,
-) -> str:
-    """Run one of the three scripts in the project's root; returns what it printed. Checks the exit status."""
-    done = subprocess.run(
-        command(script, *arguments, ranks=ranks),
-        cwd=ROOT,
-        capture_output=True,
-        env=environment(),
-        text=True,
-        errors="surrogateescape",
-        input=typed,
-    )
-    output = done.stdout + done.stderr
-    assert bool(done.returncode) == fails, output
-    return output if stderr else done.stdout
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONUTF8": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -151,9 +71,3 @@ def recipe(tmp_path_factory):
         """
     )
     return lambda run, *overrides: ["--config", str(file), f"--run.dir={run}", *overrides]
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")

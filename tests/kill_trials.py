@@ -13,16 +13,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from conftest import ROOT, command, environment  # noqa: E402
-from test_scripts import alive, children, metrics  # noqa: E402
+from tests.helpers import ROOT, alive, children, command, environment, metrics
 
 RECIPE = f"""
 [model]

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import small_config
 
 from model.config import ModelConfig
 from model.mistral import Mistral
+from tests.helpers import small_config
 
 # config.json as the Hub has it, and the number of parameters as the model's page states it.
 COMMON = {

@@ -14,7 +14,6 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import random_ids, small_model
 
 from model.attention import BACKENDS, Decoding, Segments, _unavailable, attend, attend_cached, choose_backend
 from model.config import ModelConfig
@@ -23,6 +22,7 @@ from model.mistral import Mistral
 from model.sampler import generate
 from spin.logps import response_logps
 from spin.packing import Item, pack
+from tests.helpers import random_ids, small_model
 
 GPU = "cuda"
 # Relative root mean square error against the fp32 twin. A product of two numbers rounded to n bits of

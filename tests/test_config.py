@@ -1,10 +1,10 @@
 """Settings: what wins, what is refused and how, and the paper's values."""
 
 import pytest
-from conftest import ROOT
 
 from spin.cli import iterations
 from spin.config import Recipe, build, differences, flat, read_toml, to_toml
+from tests.helpers import ROOT
 
 PAPER = ROOT / "configs" / "zephyr-7b.toml"
 

@@ -5,10 +5,10 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, write_jsonl
 
 from spin.config import Data
 from spin.data import choose, encode_prompts, load_examples, load_generated, tokenize
+from tests.helpers import ROOT, write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be kind"}

@@ -8,13 +8,11 @@ of gloo.
 import json
 import os
 import random
-import socket
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, reference, small_model
-from test_model import naive_logps
 
 import spin.trainer
 from model.weights import save_model
@@ -24,6 +22,7 @@ from spin.opponent import score
 from spin.optimizer import RMSprop
 from spin.packing import Item
 from spin.trainer import Schedule, train
+from tests.helpers import free_port, naive_logps, random_ids, reference, small_model
 
 BASE = dict(
     batch_size=5,
@@ -37,18 +36,20 @@ BASE = dict(
 )
 CASES = {
     "logistic": {},
-    "hinge": {"loss": "hinge"},
-    "exponential": {"loss": "exponential"},
-    "correlation": {"loss": "correlation"},
-    "a pair in each micro-batch, and one longer than the budget": {"token_budget": 25},
-    "all in one micro-batch, a row of logits at a time": {"token_budget": 10_000, "logit_chunk": 1},
-    "all logits at once": {"logit_chunk": 10_000},
+    "a pair in each micro-batch, and one longer than the budget": {"token_budget": 25, "loss": "hinge"},
+    "all in one micro-batch, a row of logits at a time": {
+        "token_budget": 10_000,
+        "logit_chunk": 1,
+        "loss": "exponential",
+    },
+    "all logits at once": {"logit_chunk": 10_000, "loss": "correlation"},
     "selective checkpointing": {"activation_checkpointing": "selective"},
     "full checkpointing": {"activation_checkpointing": "full", "loss": "hinge"},
     "one reduction a step": {"unsharded_gradients": True, "token_budget": 25},
     "clipped": {"max_grad_norm": 0.5},
 }
 WORLDS = {"1 rank": (1, 0), "2 ranks": (2, 0), "4 ranks": (4, 0), "2 x 2 ranks (HSDP)": (4, 2)}
+SHARD_SIZES = {1: (0,), 2: (0,), 4: (0, 2)}  # by number of ranks: the same processes run both meshes
 FORMULAS = {
     "logistic": lambda t: -torch.nn.functional.logsigmoid(t),
     "hinge": lambda t: torch.relu(1 - t),
@@ -90,7 +91,7 @@ def run_cases(directory: Path, cases: dict, shard_size: int = 0) -> None:
             spin.trainer.make_optimizer = lambda part, parameters: (
                 made.append(Recording(parameters, part.lr)) or made[0]
             )
-            run = directory / name.replace(" ", "-")
+            run = directory / f"shards of {shard_size}" / name.replace(" ", "-")
             train(part, model, items, opponent, run, group)
             if group.first:
                 log = [json.loads(line) for line in open(run / "metrics.jsonl")]
@@ -99,23 +100,33 @@ def run_cases(directory: Path, cases: dict, shard_size: int = 0) -> None:
                 )
 
 
-def as_rank(rank: int, world_size: int, port: int, directory: Path, shard_size: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def as_rank(rank: int, world_size: int, ports: list[int], directory: Path) -> None:
     torch.set_num_threads(1)
-    run_cases(directory, CASES, shard_size)
+    for shard_size, port in zip(SHARD_SIZES[world_size], ports):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run_cases(directory, CASES, shard_size)
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def results(request, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """By number of ranks, the directory in which so many processes have left their results."""
+
+    @cache
+    def launch(world_size: int) -> Path:
+        directory = tmp_path_factory.mktemp("engine")
+        save_model(small_model(), directory / "opponent", torch.float32)
+        ports = [free_port() for _ in SHARD_SIZES[world_size]]
+        torch.multiprocessing.spawn(as_rank, (world_size, ports, directory), nprocs=world_size)
+        return directory
+
+    return launch
+
+
+@pytest.fixture(params=["1 rank", *(pytest.param(name, marks=pytest.mark.slow) for name in list(WORLDS)[1:])])
+def results(request, launched) -> Path:
     world_size, shard_size = WORLDS[request.param]
-    directory = tmp_path_factory.mktemp("engine")
-    save_model(small_model(), directory / "opponent", torch.float32)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(as_rank, (world_size, port, directory, shard_size), nprocs=world_size)
-    return directory
+    return launched(world_size) / f"shards of {shard_size}"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import random_ids, reference, run_script, small_config, small_model, write_jsonl
 
 from model.mistral import Mistral
 from model.sampler import generate
@@ -26,6 +25,14 @@ from spin.evaluation.runner import load_tasks
 from spin.evaluation.scoring import Request, common_length, loglikelihoods, pack_tree
 from spin.evaluation.statistics import mean_and_stderr, paired_test, pooled, sign_test
 from spin.evaluation.tasks import BENCHMARKS, drawn
+from tests.helpers import (
+    random_ids,
+    reference,
+    run_script,
+    small_config,
+    small_model,
+    write_jsonl,
+)
 
 
 def test_answers_are_the_last_match_or_the_whole_text():
@@ -192,6 +199,7 @@ def without_time(found):
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(folder, out, tmp_path):
     evaluated(folder, tmp_path / "two", ranks=2)
     one, two = without_time(results(out)), without_time(results(tmp_path / "two"))
@@ -438,6 +446,7 @@ def test_contexts_that_are_cut_are_counted(out):
 # Comparing
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_document_by_document(folder, out, tmp_path):
     evaluated(folder, tmp_path / "b", model="other")
     text = run_script("evaluate.py", "--compare", str(out), str(tmp_path / "b"), stderr=False)

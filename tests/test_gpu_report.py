@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from benchmarks.gpu import ASSUMED, SHAPES, bill, decoding_rate, figures, parts, report, ultrachat_like
 from spin.packing import flops
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_what_was_not_measured_is_predicted_from_the_floors():

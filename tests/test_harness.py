@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, small_config
 
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
@@ -15,12 +14,16 @@ from model.weights import save_model
 from spin.evaluation.runner import mmlu_groups
 from spin.evaluation.scoring import Encoder, text_hash
 from spin.evaluation.tasks import BENCHMARKS, GSM8K, MMLU, MMLU_GROUPS
+from tests.helpers import ROOT, odd_strings, run_script, small_config
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
 shared = pytest.mark.skipif(
     not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here"
 )
+pytestmark = pytest.mark.slow
+# What 0.4.0 does otherwise: no BOS, of which ARC and MMLU are examples, and the other three's own rules.
+PAPER_TASKS = ["arc_challenge", "winogrande", "truthfulqa_mc2", "gsm8k", "mmlu_anatomy"]
 TASKS = [name for name in BENCHMARKS if not name.startswith("mmlu")] + [
     "mmlu_anatomy",
     "mmlu_sociology",
@@ -57,11 +60,12 @@ def both(request, asked):
 
     harness = request.param
     paper = harness == "0.4.0"
+    names = PAPER_TASKS if paper else TASKS
     theirs = run_harness(
-        asked / "model", TASKS, asked / "data", asked / f"tasks{harness}", paper=paper, limit=11
+        asked / "model", names, asked / "data", asked / f"tasks{harness}", paper=paper, limit=11
     )
     out = asked / f"out{harness}"
-    run_script("evaluate.py", *ours(asked, TASKS, out, "--harness", harness, "--limit", "11"))
+    run_script("evaluate.py", *ours(asked, names, out, "--harness", harness, "--limit", "11"))
     return harness, theirs, out
 
 
@@ -90,6 +94,8 @@ def test_every_documents_context_scores_prediction_and_metrics_are_the_harnesss(
     from benchmarks.evaluate import agree
 
     harness, theirs, out = both
+    if name not in theirs["samples"]:
+        pytest.skip(f"{harness} asks it as 0.4.13 does, but for BOS")
     samples, mine = theirs["samples"][name], rows(out, name)
     apart, differing = agree(name, mine, samples)
     assert apart < 1e-4 and differing == 0
@@ -137,10 +143,8 @@ def test_token_ids_and_cuts_are_the_harnesss(asked):
 
 
 def test_awkward_texts_are_encoded_line_by_line_as_in_one(mistral_tokenizer):
-    from test_tokenizer import strings
-
     encoder = Encoder(mistral_tokenizer, bos=False)
-    texts = strings()
+    texts = odd_strings()
     for text in [*texts, *(f"{a}\n{b}" for a, b in zip(texts, texts[7:]))]:
         assert encoder.encode(text) == mistral_tokenizer.encode(text), repr(text)
 
@@ -228,8 +232,8 @@ def test_real_documents_too(asked, tmp_path):
     data = (ROOT / "../shared/data/eval").resolve()
     names = [name for name, task in BENCHMARKS.items() if not task.source.missing(data)]
     assert len(names) > 14
-    theirs = run_harness(asked / "model", names, data, tmp_path / "tasks", limit=5)
-    run_script("evaluate.py", *ours(asked, names, tmp_path / "out", "--limit", "5", data=data))
+    theirs = run_harness(asked / "model", names, data, tmp_path / "tasks", limit=2)
+    run_script("evaluate.py", *ours(asked, names, tmp_path / "out", "--limit", "2", data=data))
     for name in names:
         apart, differing = agree(name, rows(tmp_path / "out", name), theirs["samples"][name])
         assert apart < 1e-4 and differing == 0, name

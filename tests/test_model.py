@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from conftest import random_ids, reference, small_model
 
 from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import TokenLogps
 from spin.logps import response_logps
 from spin.packing import Item, pack
+from tests.helpers import naive_logps, random_ids, reference, small_model
 
 SHAPES = {
     "gqa 2": {},
@@ -94,17 +94,6 @@ def test_cached_ragged_decoding_equals_a_full_forward(shape):
             at = torch.tensor(prompts) + step
             cache.longest = int(at.max()) + 1
             logits = model(tokens, at, cache=cache, slots=torch.arange(3))
-
-
-def naive_logps(other, item):
-    """log p of each response by transformers: separate, unpacked sequences and a full log-softmax."""
-    result = []
-    for response in item.responses:
-        ids = torch.tensor([item.prompt + response])
-        logps = other(ids).logits[0].log_softmax(-1)
-        at = torch.arange(len(item.prompt) - 1, ids.shape[1] - 1)
-        result.append(logps[at, ids[0, at + 1]].sum())
-    return result
 
 
 @pytest.mark.parametrize("shape", SHAPES)

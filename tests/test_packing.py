@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from conftest import random_ids, small_config
 
 from spin.packing import Item, flops, micro_batches, pack
+from tests.helpers import random_ids, small_config, small_model
 
 
 def test_the_layout_of_two_pairs_written_out():
@@ -64,7 +64,6 @@ def test_flops_are_those_counted_by_hand(window):
 
 def test_flops_agree_with_torch_counter_on_the_matrices():
     import torch
-    from conftest import small_model
     from torch.utils.flop_counter import FlopCounterMode
 
     from spin.logps import response_logps

@@ -1,14 +1,11 @@
 """The planner's memory: of a run that has values, by hand, and in words."""
 
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.attention import Segments
@@ -18,7 +15,9 @@ from spin.logps import response_logps
 from spin.optimizer import RMSprop
 from spin.packing import Item, pack
 from spin.plan import Memory, Plan
+from tests.helpers import run_script, small_config
 
+pytestmark = pytest.mark.slow
 WIDE = small_config(
     vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64
 )
@@ -113,33 +112,38 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not():
         assert made.largest_budget(1e6) == 0
 
 
-def run_plan(*arguments, fails=False):
-    done = subprocess.run(
-        [sys.executable, "-m", "spin.plan", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-    assert bool(done.returncode) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def planned(*arguments, fails=False):
+    return run_script("spin/plan.py", *arguments, fails=fails)
 
 
 @pytest.fixture
 def small_recipe(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(WIDE.to_dict("bfloat16")))
-    (tmp_path / "r.toml").write_text("[data]\nnum_prompts = 5000\n[train]\nreplay = 0\n")
+    text = f'[run]\ndir = "{tmp_path}"\n[data]\nnum_prompts = 5000\n[train]\nreplay = 0\n'
+    (tmp_path / "r.toml").write_text(text)
     return str(tmp_path / "r.toml")
 
 
 def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
-    output = run_plan("--config", small_recipe, "--gpus", "4", "--memory", "1", "--reserve", "0.7")
+    output = run_script(
+        "spin/plan.py", "--config", small_recipe, "--gpus", "4", "--memory", "1", "--reserve", "0.7"
+    )
     for stage in ("generate", "score", "train", "export"):
         assert f"\n{stage} " in output
     assert "0.01e9 parameters, 5000 pairs" in output and "DOES NOT FIT" in output
-    output = run_plan("--config", small_recipe, "--gpus", "4", "--gpu", "H200")
+    output = planned("--config", small_recipe, "--gpus", "4", "--gpu", "H200")
     assert "train.token_budget = 8192: fits" in output and "4 x 139 GiB" in output
 
 
 def test_bad_arguments_are_refused(small_recipe, tmp_path):
     (tmp_path / "no.toml").write_text(f'[run]\ndir = "{tmp_path}"\n')
-    assert "did you mean" in run_plan("--config", small_recipe, "--train.token_buget=3", fails=True)
-    assert "--architecture takes a config.json" in run_plan("--config", str(tmp_path / "no.toml"), fails=True)
-    output = run_plan("--config", small_recipe, "--gpus", "6", "--run.shard_size=4", fails=True)
+    assert "did you mean" in run_script(
+        "spin/plan.py", "--config", small_recipe, "--train.token_buget=3", fails=True
+    )
+    assert "--architecture takes a config.json" in run_script(
+        "spin/plan.py", "--config", str(tmp_path / "no.toml"), fails=True
+    )
+    output = run_script(
+        "spin/plan.py", "--config", small_recipe, "--gpus", "6", "--run.shard_size=4", fails=True
+    )
     assert "run.shard_size = 4 does not divide the number of ranks, 6" in output

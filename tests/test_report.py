@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, write_jsonl
 
 from spin.leaderboard import DOCUMENTS, LEADERBOARD
 from spin.markdown import marked
 from spin.report import evaluations, plot_training, table, write_report
 from spin.talk import side_by_side
+from tests.helpers import ROOT, write_jsonl
 
 
 def evaluation(directory, greedy, sampled):
@@ -63,6 +63,7 @@ def test_a_run_under_way_shows_what_there_is(tmp_path, evaluated):
     assert table(tmp_path).count("\n") == (2 if evaluated else 1)
 
 
+@pytest.mark.slow
 def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
     steps(tmp_path / "iter0", 20)
     file = tmp_path / "iter0/metrics.jsonl"

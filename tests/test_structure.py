@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from miniature.world import EVASIONS, PHRASINGS, answer, make, tokenizer_model
+from tests.helpers import ROOT
 
 OUTSIDE = {"torch", "sentencepiece", "safetensors", "numpy", "tqdm", "pyarrow", "matplotlib"}
 OUTSIDE |= {"flash_attn"}  # requirements-gpu.txt

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.tokenizer import Tokenizer, render
+from tests.helpers import AWKWARD, odd_strings
 
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}
@@ -33,18 +34,6 @@ CONVERSATIONS = [
     ],
     [{"role": "user", "content": "é 😀"}, {"role": "assistant", "content": " leading blank"}],
 ]
-AWKWARD = [
-    "I don't",
-    " two",
-    "  three  ",
-    "",
-    "\n",
-    "é 😀 中文",
-    "<s></s> <unk>[INST]",
-    "tab\tend",
-    "a\n\nb ",
-    "55%",
-]
 
 
 MISTRALS = {
@@ -52,54 +41,6 @@ MISTRALS = {
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
 }
-
-
-def strings() -> list[str]:
-    """More than 300 texts: hand-picked ones, and for each alphabet thirty random ones."""
-    rng = random.Random(0)
-
-    def span(first, last):
-        return [chr(code) for code in range(first, last)]
-
-    alphabets = {
-        "control characters": span(0, 32) + ["\x7f", "\x85", "\u200b", "\u2028", "\ufeff"],
-        "blanks": [" ", "  ", "   ", "\t", "\n", "\r\n", "\u00a0", "\u3000"],
-        "ascii": span(32, 127),
-        "latin": span(0xC0, 0x250) + [" "],
-        "combining": span(0x300, 0x340) + list("aeiou "),
-        "greek, cyrillic, hebrew, arabic": span(0x370, 0x530)
-        + span(0x5D0, 0x5EB)
-        + span(0x620, 0x64B)
-        + [" "],
-        "cjk": span(0x4E00, 0x9FA5) + span(0x3041, 0x30FF) + span(0xAC00, 0xD7A3),
-        "emoji": span(0x1F300, 0x1F6FF) + ["\u200d", "\ufe0f", " ", "👩‍👩‍👧‍👦", "🇫🇷"],
-        "compatibility": list("ﬁ①½ＡＢ㎏™…") + [" "],
-        "beyond the first plane": span(0x10330, 0x1034A) + span(0x20000, 0x20100),
-        "code": [
-            "def ",
-            "f(x)",
-            ":\n",
-            "    ",
-            "return ",
-            "\t",
-            "{",
-            "}",
-            "0x1F",
-            "==",
-            "//",
-            '"',
-            "\\n",
-            "lambda",
-            ";",
-        ],
-        "markup": ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<|user|>", "\n", "<0x41>", "&amp;", "<b>"],
-    }
-    drawn = [
-        "".join(rng.choice(letters) for _ in range(rng.randrange(1, 40)))
-        for letters in alphabets.values()
-        for _ in range(30)
-    ]
-    return AWKWARD + drawn + ["x" * 2000, " " * 300, "\ufffd", "e\u0301", "1234567890" * 5]
 
 
 @pytest.mark.parametrize("version", MISTRALS)
@@ -110,7 +51,7 @@ def test_ids_are_mistral_commons_and_decode_to_the_text(version):
     file = Path(mistral_common.__file__).parent / "data" / MISTRALS[version]
     ours, theirs = Tokenizer(file), SentencePieceTokenizer(file)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (theirs.n_words, theirs.bos_id, theirs.eos_id)
-    texts = strings()
+    texts = odd_strings()
     assert len(texts) > 300
     for text in texts:
         ids = ours.encode(text)
@@ -129,7 +70,7 @@ def test_sentencepieces_own_mark_for_a_blank_is_the_one_character_that_comes_bac
 def test_streamed_text_is_the_whole_text_and_shows_no_half_character(version):
     mistral_common = pytest.importorskip("mistral_common")
     tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / MISTRALS[version])
-    for text in strings():
+    for text in odd_strings():
         ids = tokenizer.encode_response(text)
         shown, pieces = "", list(tokenizer.stream(ids))
         for piece in pieces:

@@ -1,14 +1,10 @@
 """The training loop against transformers, one sequence at a time, two models, torch's RMSprop."""
 
-import json
 import math
-import random
 import shutil
 
 import pytest
 import torch
-from conftest import random_ids, reference, small_model
-from test_model import naive_logps
 
 import spin.trainer
 from model.weights import save_model
@@ -18,39 +14,13 @@ from spin.iteration import check
 from spin.opponent import score
 from spin.packing import Item
 from spin.trainer import Schedule, train
-
-PART = dict(
-    batch_size=4,
-    epochs=2,
-    lr=1e-3,
-    beta=0.7,
-    dtype="float32",
-    token_budget=60,
-    logit_chunk=5,
-    checkpoint_every=100,
-    max_grad_norm=0.5,
-)
+from tests.helpers import PART, metrics, naive_logps, pairs, reference, small_model
 
 
 @pytest.fixture(scope="module")
 def group():
     with ranks() as group:
         yield group
-
-
-def pairs(count: int, responses: int = 2) -> list[Item]:
-    rng = random.Random(0)
-    return [
-        Item(
-            random_ids(rng, rng.randint(1, 15)),
-            tuple(random_ids(rng, rng.randint(1, 12)) for _ in range(responses)),
-        )
-        for _ in range(count)
-    ]
-
-
-def metrics(directory):
-    return [json.loads(line) for line in open(directory / "metrics.jsonl")]
 
 
 def assert_same_weights(model, other, rtol):
@@ -60,11 +30,17 @@ def assert_same_weights(model, other, rtol):
         assert (ours - theirs[name]).norm() <= rtol * theirs[name].norm(), name
 
 
-@pytest.mark.parametrize("loss", ["logistic", "hinge", "exponential", "correlation"])
-def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group, loss):
+def assert_accuracy(logged, margins):
+    """The share of positive margins, where one within rounding of 0 may have either sign."""
+    least, most = (sum(margin > limit for margin in margins) / len(margins) for limit in (1e-3, -1e-3))
+    assert least - 1e-6 <= logged <= most + 1e-6
+
+
+def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group):
+    """The metrics and the weights; tests/test_engine.py has every loss and gradient."""
     items = pairs(10)
     save_model(small_model(), tmp_path / "opponent", torch.float32)
-    part = Train(loss=loss, **PART)
+    part = Train(**PART)
     model = sharded_model(tmp_path / "opponent", group, torch.float32)
     opponent = score(model, items, part.token_budget, part.logit_chunk, group)
     train(part, model, items, opponent, tmp_path / "run", group)
@@ -72,12 +48,6 @@ def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group, loss):
     policy, frozen = reference(small_model()), reference(small_model())
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=part.lr, alpha=0.99, eps=1e-8)
     schedule = Schedule(part, len(items))
-    formula = {
-        "logistic": lambda t: -torch.nn.functional.logsigmoid(t),
-        "hinge": lambda t: torch.relu(1 - t),
-        "exponential": lambda t: torch.exp(-t),
-        "correlation": lambda t: 1 - t,
-    }[loss]
     assert schedule.stop == 6
     for step, logged in enumerate(metrics(tmp_path / "run")):
         batch = [items[i] for i in schedule.batch(step)]
@@ -88,7 +58,9 @@ def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group, loss):
                 real_0, generated_0 = naive_logps(frozen, item)
             margins.append(((real - real_0) - (generated - generated_0)).item())
             rewards.append([part.beta * (real - real_0).item(), part.beta * (generated - generated_0).item()])
-            losses.append(formula(part.beta * ((real - real_0) - (generated - generated_0))))
+            losses.append(
+                -torch.nn.functional.logsigmoid(part.beta * (real - real_0 - generated + generated_0))
+            )
         total = torch.stack(losses).mean()
         optimizer.zero_grad()
         total.backward()
@@ -99,8 +71,7 @@ def test_six_steps_of_self_play_equal_the_naive_way(tmp_path, group, loss):
         assert logged["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-5)
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         assert logged["margin"] == pytest.approx(sum(margins) / len(batch), rel=1e-3, abs=1e-4)
-        if step:
-            assert logged["accuracy"] == sum(m > 0 for m in margins) / len(batch)
+        assert_accuracy(logged["accuracy"], margins)
         means = [sum(values) / len(batch) for values in zip(*rewards)]
         assert [logged["reward_real"], logged["reward_generated"]] == pytest.approx(means, rel=1e-3, abs=1e-4)
     assert_same_weights(model, policy, 1e-4)
@@ -179,9 +150,10 @@ def test_ten_steps_with_a_bf16_second_moment_follow_those_with_fp32(tmp_path, gr
     assert (moved_16 - moved).norm() < 0.02 * moved.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_give_the_same_gradients_without_compiling_for_each_pack(tmp_path, group):
-    save_model(small_model(), tmp_path / "m", torch.float32)
+    save_model(small_model(num_hidden_layers=2), tmp_path / "m", torch.float32)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for checkpointing in ("none", "full"):
@@ -240,7 +212,7 @@ def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
     assert log[-1]["heldout_margin"] == pytest.approx(sum(margins) / 3, rel=1e-4)
     losses = [math.log1p(math.exp(-part.beta * margin)) for margin in margins]
     assert log[-1]["heldout_loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
-    assert log[-1]["heldout_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 3)
+    assert_accuracy(log[-1]["heldout_accuracy"], margins)
 
     used = [item for i, item in enumerate(items) if i not in aside]
     other = sharded_model(tmp_path / "m", group, torch.float32)

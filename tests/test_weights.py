@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment, random_ids, reference, small_config, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model.attention import Segments
 from model.mistral import Mistral, Rotation, rotary_angles
 from model.weights import INDEX, Checkpoint, fingerprint, load_model, save_model, write_checkpoint
+from tests.helpers import ROOT, environment, random_ids, reference, small_config, small_model
 
 
 def saved(tmp_path, dtype=torch.float32, max_shard_bytes=10**9, **shape):
@@ -243,12 +243,9 @@ with ranks() as group:
 """
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path, native):
+@pytest.mark.slow
+def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path):
     model, path = saved(tmp_path)  # 97, 32 and 16 rows, none a multiple of 3
-    if native:
-        path = tmp_path / "native"
-        as_mistral_writes(model, path)
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]

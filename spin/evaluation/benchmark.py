@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from model.tokenizer import Tokenizer
 from spin.evaluation.engine import Engine
 from spin.evaluation.scoring import Request, loglikelihoods, text_hash
-from spin.evaluation.tasks import Documents, MultipleChoice, summarise
+from spin.evaluation.tasks import GSM8K, Documents, MultipleChoice, summarise
 
 SLICE = 1024  # documents whose ids are in memory at a time
 
@@ -48,11 +48,14 @@ class Benchmark:
         return ((0 if shared else before) + len(question.texts[0]) + sum(map(len, question.choices))) / 3.5
 
     def answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
-        by = self._scored if isinstance(self.task, MultipleChoice) else self._generated
-        for start in range(0, len(docs), SLICE):
-            yield from by(engine, docs[start : start + SLICE])
+        task = self.task
+        for some in (docs[start : start + SLICE] for start in range(0, len(docs), SLICE)):
+            if isinstance(task, MultipleChoice):
+                yield from self._scored(task, engine, some)
+            else:
+                yield from self._generated(task, engine, some)
 
-    def _scored(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+    def _scored(self, task: MultipleChoice, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
         settings, harness = engine.settings, self.documents.harness
         requests: list[list[Request]] = []
         about: list[dict] = []
@@ -74,17 +77,17 @@ class Benchmark:
                 raise ValueError(
                     f"{self.documents.where[doc]}: scores that are not finite; are the weights damaged?"
                 )
-            yield about[place] | self.task.measured(self.documents.questions[doc], scores, harness)
+            yield about[place] | task.measured(self.documents.questions[doc], scores, harness)
             engine.tick(self.cost(doc))
 
-    def _generated(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
-        harness, most = self.documents.harness, engine.max_length - self.task.max_new_tokens
+    def _generated(self, task: GSM8K, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
+        harness, most = self.documents.harness, engine.max_length - task.max_new_tokens
         asked = [self.documents.examples[doc] + self.documents.questions[doc][0] for doc in docs]
         prompts = [engine.encoder.encode(text) for text in asked]
-        stops = self.task.stops(harness)
+        stops = task.stops(harness)
         stream = engine.generate(
             [prompt[-most:] for prompt in prompts],
-            max_new_tokens=self.task.max_new_tokens,
+            max_new_tokens=task.max_new_tokens,
             stop=StopStrings(engine.tokenizer, stops),
         )
         for response in stream:
@@ -97,11 +100,12 @@ class Benchmark:
                 "hash": text_hash([asked[response.index]]),
                 "truncated": len(prompts[response.index]) > most,
             }
-            yield about | self.task.measured(self.documents.questions[doc][1], text, harness)
+            yield about | task.measured(self.documents.questions[doc][1], text, harness)
             engine.tick(self.cost(doc))
 
     def summary(self, rows: Sequence[dict]) -> dict:
-        result = summarise(self.task, rows) | {"documents": len(rows), "few_shot": self.documents.few_shot}
+        result: dict = summarise(self.task, rows)
+        result |= {"documents": len(rows), "few_shot": self.documents.few_shot}
         result |= {"harness": self.documents.harness, "truncated": sum(row["truncated"] for row in rows)}
         if isinstance(self.task, MultipleChoice):
             result["empty_choices"] = sum(

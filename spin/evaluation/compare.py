@@ -41,8 +41,8 @@ def compare(a: Path, b: Path) -> str:
         origins = [summary.get("origins", {}).get(name, {}) for summary in summaries]
         asked = [origin | {"data": [_identity(row) for row in part]} for origin, part in zip(origins, rows)]
         if differing := [key for key in asked[0] if asked[0][key] != asked[1].get(key)]:
-            what = ["documents or examples" if key in ("data", "documents") else key for key in differing]
-            others.append(f"{name} (another {', '.join(dict.fromkeys(what))})")
+            kinds = ["documents or examples" if key in ("data", "documents") else key for key in differing]
+            others.append(f"{name} (another {', '.join(dict.fromkeys(kinds))})")
             continue
         for metric in (metric for metric in METRICS if metric in rows[0][0]):
             lines.append(_line(name, metric, *([row[metric] for row in part] for part in rows)))
@@ -69,14 +69,13 @@ def compare(a: Path, b: Path) -> str:
 
 def _line(name: str, metric: str, a: list[float], b: list[float]) -> str:
     means = [sum(values) / len(values) for values in (a, b)]
-    counts = ["", ""]
     if all(isinstance(value, int) for value in a + b):
-        counts = [sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))]
-        p = sign_test(*counts)
+        lost, won = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
+        counts, p = f"{lost} | {won}", sign_test(lost, won)
     else:
-        p = paired_test([y - x for x, y in zip(a, b)])
+        counts, p = " | ", paired_test([y - x for x, y in zip(a, b)])
     shown = [f"{mean:.4f}" for mean in means] + [f"{means[1] - means[0]:+.4f}"]
-    return f"| {name} | {metric} | {len(a)} | {' | '.join(shown)} | {counts[0]} | {counts[1]} | {_p(p)} |"
+    return f"| {name} | {metric} | {len(a)} | {' | '.join(shown)} | {counts} | {_p(p)} |"
 
 
 def _p(p: float) -> str:

@@ -28,7 +28,8 @@ class Heldout:
     name = "heldout"
 
     def __init__(self, settings: Evaluate, data: Data, template: str):
-        self.settings, self.data, self.template, self.dropped = settings, data, template, Counter()
+        self.settings, self.data, self.template = settings, data, template
+        self.dropped: Counter = Counter()
         pattern = settings.answer_pattern
         try:
             groups = re.compile(pattern).groups

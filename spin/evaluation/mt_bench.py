@@ -122,7 +122,7 @@ class MTBench:
         }
 
     def temperature(self, doc: int) -> float:
-        return TEMPERATURES.get(self.questions[doc].get("category"), 0.7)
+        return TEMPERATURES.get(self.questions[doc].get("category", ""), 0.7)
 
     def summary(self, rows: Sequence[dict]) -> dict:
         empty = sum(not text for row in rows for text in row["choices"][0]["turns"])

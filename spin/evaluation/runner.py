@@ -44,7 +44,8 @@ def load_tasks(config: Config) -> list[Task]:
 def _load(settings: Evaluate, form: Data, template: str) -> list[Task]:
     if settings.harness not in HARNESSES:
         raise ValueError(f"evaluate.harness = {settings.harness!r} is not one of {', '.join(HARNESSES)}")
-    own, data = {"heldout": Heldout, "mt_bench": MTBench}, Path(settings.data)
+    own: dict[str, type[Heldout | MTBench]] = {"heldout": Heldout, "mt_bench": MTBench}
+    data = Path(settings.data)
     wanted: list[str] = []
     absent: list[str] = []
     for name in filter(None, (name.strip() for name in settings.tasks.split(","))):
@@ -80,7 +81,7 @@ def _load(settings: Evaluate, form: Data, template: str) -> list[Task]:
     if any(absent):
         raise FileNotFoundError("\n".join(filter(None, absent)))
 
-    def load(name):
+    def load(name: str) -> Task:
         return Benchmark(BENCHMARKS[name].load(data, settings.limit, settings.harness))
 
     return [own[name](settings, form, template) if name in own else load(name) for name in wanted]

@@ -151,7 +151,9 @@ def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> P
     prefix = prefix or []
     order = sorted(range(len(requests)), key=lambda i: requests[i].ids[:-1])
     before, rows = prefix, torch.arange(len(prefix))
-    tokens, positions, q_offsets, k_offsets, keys = [], [], [0], [0], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    q_offsets, k_offsets, keys = [0], [0], []
     at: list[Tensor] = [torch.empty(0)] * len(requests)
     for i in order:
         ids, count = requests[i].ids[:-1], requests[i].continuation
@@ -199,7 +201,8 @@ def _micro_batches(
     order: Sequence[int], inputs: list[list[list[int]]], shared: int, token_budget: int
 ) -> Iterator[list[int]]:
     """Documents in the given order, as many at a time as the budget holds, at least one."""
-    batch, room = [], token_budget
+    batch: list[int] = []
+    room = token_budget
     for i in order:
         texts = sorted(inputs[i])
         size = len(texts[0]) - shared + sum(len(b) - common_length(a, b) for a, b in zip(texts, texts[1:]))

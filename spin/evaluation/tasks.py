@@ -226,7 +226,7 @@ class MultipleChoice:
         prediction = scores.index(max(scores))
         row = {"scores": list(scores), "prediction": prediction, "target": question.gold[0]}
         if self.name == "truthfulqa_mc2":
-            gold = question.gold
+            gold: Sequence[int] = question.gold
             if harness == "0.4.0":  # the true answers are what comes before the first false one
                 wrong = sorted(set(range(len(scores))) - set(gold))
                 gold = range(wrong[0]) if wrong else gold
@@ -402,49 +402,43 @@ def _bigbench_task(name: str) -> MultipleChoice:
 _NORMED = ("acc", "acc_norm")
 _ARC = Source("allenai/ai2_arc", "ARC-Challenge", "test", "train")
 _TRUTHFULQA = Source("truthfulqa/truthful_qa", "multiple_choice", "validation")
-BENCHMARKS: dict[str, MultipleChoice | GSM8K] = {
-    task.name: task
-    for task in (
-        MultipleChoice("arc_challenge", _ARC, ("question", "choices", "answerKey"), _arc, 25, _NORMED),
-        MultipleChoice(
-            "truthfulqa_mc1", _TRUTHFULQA, ("question", "mc1_targets"), _truthfulqa("mc1_targets")
-        ),
-        MultipleChoice(
-            "truthfulqa_mc2", _TRUTHFULQA, ("question", "mc2_targets"), _truthfulqa("mc2_targets")
-        ),
-        MultipleChoice(
-            "winogrande",
-            Source("allenai/winogrande", "winogrande_xl", "validation", "train"),
-            ("sentence", "option1", "option2", "answer"),
-            _winogrande,
-            5,
-            spare=True,
-        ),
-        MultipleChoice(
-            "hellaswag",
-            Source("Rowan/hellaswag", "data", "validation", "train"),
-            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-            _hellaswag,
-            10,
-            _NORMED,
-            spare=True,
-        ),
-        MultipleChoice(
-            "openbookqa",
-            Source("allenai/openbookqa", "main", "test"),
-            ("question_stem", "choices", "answerKey"),
-            _openbookqa,
-            0,
-            _NORMED,
-        ),
-        *map(
-            _bigbench_task,
-            ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation"),
-        ),
-        *map(_subject, MMLU),
-        GSM8K(),
-    )
-}
+_TASKS: list[MultipleChoice | GSM8K] = [
+    MultipleChoice("arc_challenge", _ARC, ("question", "choices", "answerKey"), _arc, 25, _NORMED),
+    MultipleChoice("truthfulqa_mc1", _TRUTHFULQA, ("question", "mc1_targets"), _truthfulqa("mc1_targets")),
+    MultipleChoice("truthfulqa_mc2", _TRUTHFULQA, ("question", "mc2_targets"), _truthfulqa("mc2_targets")),
+    MultipleChoice(
+        "winogrande",
+        Source("allenai/winogrande", "winogrande_xl", "validation", "train"),
+        ("sentence", "option1", "option2", "answer"),
+        _winogrande,
+        5,
+        spare=True,
+    ),
+    MultipleChoice(
+        "hellaswag",
+        Source("Rowan/hellaswag", "data", "validation", "train"),
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        _hellaswag,
+        10,
+        _NORMED,
+        spare=True,
+    ),
+    MultipleChoice(
+        "openbookqa",
+        Source("allenai/openbookqa", "main", "test"),
+        ("question_stem", "choices", "answerKey"),
+        _openbookqa,
+        0,
+        _NORMED,
+    ),
+    *map(
+        _bigbench_task,
+        ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation"),
+    ),
+    *map(_subject, MMLU),
+    GSM8K(),
+]
+BENCHMARKS = {task.name: task for task in _TASKS}
 GROUPS = {
     "mmlu": [f"mmlu_{subject}" for subject in MMLU],
     "bigbench": [name for name in BENCHMARKS if name.startswith("bigbench")],

@@ -1,0 +1,320 @@
+"""What the tests share: small models, reference computations, runs of the scripts, and processes."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed
+from safetensors.torch import load_file
+
+from model.attention import choose_backend
+from model.config import ModelConfig
+from model.mistral import Mistral
+from spin.packing import Item
+
+ROOT = Path(__file__).parent.parent
+
+# Models.
+
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
+
+
+def small_config(**changes) -> ModelConfig:
+    return ModelConfig(**(SMALL | changes))
+
+
+def small_model(seed: int = 0, **changes) -> Mistral:
+    """Random weights, wide enough that attention is far from uniform and mistakes in it show."""
+    return Mistral(small_config(initializer_range=0.2, **changes)).init_weights(seed)
+
+
+def reference(model: Mistral):
+    """transformers' Mistral with the same weights, in fp32 and without any fused kernel."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        **{k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"}
+    )
+    config._attn_implementation = "eager"
+    other = MistralForCausalLM(config).eval()
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    other.tie_weights()
+    return other
+
+
+def random_ids(rng: random.Random, length: int, vocab: int = 97) -> list[int]:
+    return [rng.randrange(3, vocab) for _ in range(length)]
+
+
+# Reference computations.
+
+
+def naive_logps(other, item):
+    """log p of each response by transformers: separate, unpacked sequences and a full log-softmax."""
+    result = []
+    for response in item.responses:
+        ids = torch.tensor([item.prompt + response])
+        logps = other(ids).logits[0].log_softmax(-1)
+        at = torch.arange(len(item.prompt) - 1, ids.shape[1] - 1)
+        result.append(logps[at, ids[0, at + 1]].sum())
+    return result
+
+
+PART = dict(
+    batch_size=4,
+    epochs=2,
+    lr=1e-3,
+    beta=0.7,
+    dtype="float32",
+    token_budget=60,
+    logit_chunk=5,
+    checkpoint_every=100,
+    max_grad_norm=0.5,
+)
+
+
+def pairs(count: int, responses: int = 2) -> list[Item]:
+    rng = random.Random(0)
+    return [
+        Item(
+            random_ids(rng, rng.randint(1, 15)),
+            tuple(random_ids(rng, rng.randint(1, 12)) for _ in range(responses)),
+        )
+        for _ in range(count)
+    ]
+
+
+# Runs of the scripts.
+
+
+def run_script(
+    script: str,
+    *arguments: str,
+    ranks: int = 1,
+    fails: bool = False,
+    stderr: bool = True,
+    typed: str = "",
+    launch: bool = False,
+) -> str:
+    """Run a script with a `main(argv)`, `typed` its standard input; returns what it printed.
+
+    Checks the exit status. One rank runs in this process, which saves the seconds that importing torch takes,
+    unless `launch`.
+    """
+    run = _launched if launch or ranks > 1 else _called
+    status, out, error = run(script, arguments, ranks, typed)
+    assert bool(status) == fails, out + error
+    return out + error if stderr else out
+
+
+def _launched(script: str, arguments, ranks: int, typed: str) -> tuple[object, str, str]:
+    done = subprocess.run(
+        command(script, *arguments, ranks=ranks),
+        cwd=ROOT,
+        capture_output=True,
+        env=environment(),
+        text=True,
+        errors="surrogateescape",
+        input=typed,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def _called(script: str, arguments, ranks: int, typed: str) -> tuple[object, str, str]:
+    """As a process of its own would: one thread, no log handlers, no process group, no backend chosen yet."""
+    out, error, status = io.StringIO(), io.StringIO(), 0
+    root = logging.getLogger()
+    handlers, level, threads, stdin = root.handlers[:], root.level, torch.get_num_threads(), sys.stdin
+    columns = os.environ.get("COLUMNS")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), contextlib.chdir(ROOT):
+        try:
+            root.handlers[:], sys.stdin, os.environ["COLUMNS"] = [], io.StringIO(typed), "80"
+            torch.set_num_threads(1)
+            choose_backend.cache_clear()
+            script_module(script).main(list(arguments))
+        except SystemExit as exit:
+            status = exit.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+        finally:
+            root.handlers[:], sys.stdin = handlers, stdin
+            root.setLevel(level)
+            torch.set_num_threads(threads)
+            os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+            if torch.distributed.is_initialized():  # after an error it is left to the end of the process
+                torch.distributed.destroy_process_group()
+    return status, out.getvalue(), error.getvalue()
+
+
+@functools.cache
+def script_module(script: str):
+    """The module of a script, under a name that no package has (one is called evaluate)."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
+    """A script's command line, by torchrun for several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Of a launched script: one thread, since small models gain nothing from more."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return os.environ | threads | {"COLUMNS": "80", "PYTHONUTF8": "1"}
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in open(directory / "metrics.jsonl")]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def generated(directory: Path) -> dict[str, bytes]:
+    """The files of an iteration's generate stage."""
+    return {file.name: file.read_bytes() for file in (directory / "generated").iterdir()}
+
+
+# Processes.
+
+
+def kill_when(arguments, ready, ranks=1, only=None):
+    """Start train.py, kill it and its ranks with SIGKILL once `ready()`; asserts that it was still at work.
+
+    With `only`, that rank alone is killed, and torchrun ends the rest.
+    """
+    process = subprocess.Popen(
+        command("train.py", *arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 600
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.002)
+    # torchrun's ranks have sessions of their own and would live on
+    family = [process.pid, *children(process.pid)]
+    for pid in family if only is None else [pid for pid in family if rank_of(pid) == only]:
+        if alive(pid):  # a rank may have seen torchrun die
+            os.kill(pid, signal.SIGKILL)
+    assert process.wait() != 0
+    while any(alive(pid) for pid in family):
+        time.sleep(0.01)
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(text[5:]) for text in variables if text.startswith(b"RANK=")), None)
+
+
+def state_and_parent(pid):
+    """("S", 17), or None for a process that has gone."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return state, int(parent)
+
+
+def children(pid):
+    """Processes that `pid` started, theirs included."""
+    every = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    parents = {other: found[1] for other in every if (found := state_and_parent(other))}
+    family = {pid}
+    while more := {other for other, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sorted(family - {pid})
+
+
+def alive(pid):
+    """Whether a process holds its files still: also while its first thread has ended and others have not."""
+    found = state_and_parent(pid)
+    try:
+        return found is not None and (found[0] not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1)
+    except FileNotFoundError:
+        return False
+
+
+def count_lines(*files):
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Texts and files.
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+AWKWARD = ["I don't", " two", "  three  ", "", "\n", "é 😀 中文", "<s></s> <unk>[INST]"]
+AWKWARD += ["tab\tend", "a\n\nb ", "55%"]
+
+
+def odd_strings() -> list[str]:
+    """More than 300 texts: hand-picked ones, and for each alphabet thirty random ones."""
+    rng = random.Random(0)
+
+    def span(first, last):
+        return [chr(code) for code in range(first, last)]
+
+    alphabets = {
+        "control characters": span(0, 32) + ["\x7f", "\x85", "\u200b", "\u2028", "\ufeff"],
+        "blanks": [" ", "  ", "   ", "\t", "\n", "\r\n", "\u00a0", "\u3000"],
+        "ascii": span(32, 127),
+        "latin": span(0xC0, 0x250) + [" "],
+        "combining": span(0x300, 0x340) + list("aeiou "),
+        "greek, cyrillic, hebrew, arabic": span(0x370, 0x530)
+        + span(0x5D0, 0x5EB)
+        + span(0x620, 0x64B)
+        + [" "],
+        "cjk": span(0x4E00, 0x9FA5) + span(0x3041, 0x30FF) + span(0xAC00, 0xD7A3),
+        "emoji": span(0x1F300, 0x1F6FF) + ["\u200d", "\ufe0f", " ", "👩‍👩‍👧‍👦", "🇫🇷"],
+        "compatibility": list("ﬁ①½ＡＢ㎏™…") + [" "],
+        "beyond the first plane": span(0x10330, 0x1034A) + span(0x20000, 0x20100),
+        "code": [*'"\t{};', "def ", "f(x)", ":\n", "    ", "return ", "0x1F", "==", "//", "\\n", "lambda"],
+        "markup": ["<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<|user|>", "\n", "<0x41>", "&amp;", "<b>"],
+    }
+    drawn = [
+        "".join(rng.choice(letters) for _ in range(rng.randrange(1, 40)))
+        for letters in alphabets.values()
+        for _ in range(30)
+    ]
+    return AWKWARD + drawn + ["x" * 2000, " " * 300, "\ufffd", "e\u0301", "1234567890" * 5]
