@@ -9,15 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin import cli
 from spin.config import Config, Recipe
-from spin.distributed import ranks
+from spin.engine import cli
+from spin.engine.distributed import ranks
+from spin.engine.files import only_process
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import evaluate, load_tasks
-from spin.files import only_process
 from spin.iteration import check_model, evaluate_model, working_on
-from spin.leaderboard import benchmarks, leaderboard_table, results_table
-from spin.report import asked_report, evaluations, table, write_report
+from spin.report.leaderboard import benchmarks, leaderboard_table, results_table
+from spin.report.run import asked_report, evaluations, table, write_report
 
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spin import cli
-from spin.distributed import ranks
+from spin.engine import cli
+from spin.engine.distributed import ranks
 from spin.iteration import check, check_model, run_base, run_iteration, working_on
 from spin.talk import Speaker, side_by_side
 

@@ -8,10 +8,9 @@ python train.py --sft                                      # the base model alon
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin import cli
-from spin.distributed import ranks
+from spin.engine import cli
+from spin.engine.distributed import ranks
 from spin.iteration import check, evaluate_model, run_base, run_iteration, working_on
-from spin.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for n in numbers:
                 run_iteration(recipe, n, group)
                 if group.first:
+                    from spin.report.run import write_report  # matplotlib, at the end
+
                     write_report(Path(config.run.dir))
 
 

@@ -35,12 +35,12 @@ from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import load_model, save_model
 from spin.config import Config, build
-from spin.distributed import ranks
+from spin.engine.distributed import ranks
 from spin.evaluation.engine import Engine
 from spin.evaluation.runner import load_tasks
 from spin.evaluation.scoring import Encoder
 from spin.evaluation.tasks import BENCHMARKS
-from spin.leaderboard import DOCUMENTS, LEADERBOARD
+from spin.report.leaderboard import DOCUMENTS, LEADERBOARD
 
 FAMILIES = {  # of tasks that cost alike
     "four choices": ("arc_challenge", "hellaswag", "openbookqa"),

@@ -3,7 +3,7 @@
     python -m benchmarks.load [--gigabytes 1.3] [--repeats 5]
 
 Writes a checkpoint of bf16 weights (random, Hugging Face shards of at most 500 MB) to a temporary folder, and
-starts two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.distributed.sharded_model`: the
+starts two ranks. Each reads its rows into its fp32 FSDP2 shards (`spin.engine.distributed.sharded_model`: the
 policy; twice the bytes are written that are read), and the whole into a bf16 replica
 (`model.weights.load_model`: the opponent); and in turn with each, as many bytes of the files into fresh
 memory with nothing but readinto. All with the system's page cache emptied of the files first ("cold") and
@@ -29,7 +29,7 @@ from benchmarks.model import memory_status
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import Checkpoint, load_model, write_checkpoint
-from spin.distributed import ranks, shard_rows, sharded_model, whole
+from spin.engine.distributed import ranks, shard_rows, sharded_model, whole
 
 
 def write(path: Path, gigabytes: float) -> None:

@@ -28,10 +28,9 @@ from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampler import sample
 from spin.config import build
-from spin.distributed import DTensor, pretended_ranks
-from spin.files import to_json, write_whole
-from spin.logps import response_logps
-from spin.packing import Item, flops, micro_batches, pack
+from spin.engine.distributed import DTensor, pretended_ranks
+from spin.engine.files import to_json, write_whole
+from spin.packing import Item, flops, micro_batches, pack, response_logps
 from spin.plan import Plan, norms_of_a_gpu
 from spin.trainer import alike, backward, clip_gradient, spin_step
 

@@ -34,7 +34,7 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import save_model
 from spin.config import Train
-from spin.distributed import ranks, sharded_model
+from spin.engine.distributed import ranks, sharded_model
 from spin.opponent import score
 from spin.packing import Item, flops
 from spin.trainer import Schedule, train

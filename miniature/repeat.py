@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from miniature import world
-from spin.report import evaluations
+from spin.report.run import evaluations
 
 DOCS = Path("docs/miniature.md")
 START, END = "<!-- measured: python -m miniature.repeat -->", "<!-- end -->"

@@ -96,7 +96,8 @@ class Optimization:
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32 always
     seed: int = 0  # order of the examples
-    second_moment: str = "float32"  # of RMSProp; bfloat16 halves it, rounded at random (spin/optimizer.py)
+    # of RMSProp; bfloat16 halves it, rounded at random (spin/engine/optimizer.py)
+    second_moment: str = "float32"
     heldout_pairs: int = 0  # examples kept aside, drawn by `seed`, on which loss and margin are measured
     heldout_every: int = _free(50)  # steps between two such measurements; the last step has one too
     token_budget: int = _free(8192)  # packed tokens of one forward and backward pass on each rank

@@ -25,17 +25,16 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
-from spin import checkpoint
-from spin.card import model_card
 from spin.config import Config, Optimization, Recipe, differences, read_toml, to_toml
 from spin.data import Example, choose, digest, load_examples, real_only, tokenize
-from spin.distributed import Ranks, sharded_model, this_device
-from spin.evaluation.runner import evaluate, load_tasks
-from spin.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
-from spin.metrics import check_tensorboard
+from spin.engine import checkpoint
+from spin.engine.distributed import Ranks, sharded_model, this_device
+from spin.engine.files import commit_bytes, file_digest, only_process, read_json, to_json, write_whole
+from spin.engine.metrics import check_tensorboard
+from spin.engine.optimizer import state_bytes
 from spin.opponent import generate_pairs, generation_settings, score, verified_pairs
-from spin.optimizer import state_bytes
 from spin.packing import Item
+from spin.report.card import model_card
 from spin.trainer import train
 
 log = logging.getLogger("spin")
@@ -53,7 +52,10 @@ def check(recipe: Recipe, iterations: list[int]) -> None:
         if (config.data, config.evaluate) not in read:
             read.add((config.data, config.evaluate))
             load_own_examples(config, Counter())
-            load_tasks(config)
+            if config.evaluates:
+                from spin.evaluation.runner import load_tasks
+
+                load_tasks(config)
         directory, opponent = config.iteration_dir(n), config.model_dir(n - 1)
         _same_settings(directory, config, _sections(config))
         if _generates(config) and (directory / "generated").is_dir() and not (directory / "model").is_dir():
@@ -248,7 +250,11 @@ def evaluate_model(config: Config, n: int, ranks: Ranks) -> bool:
     something to do.
     """
     directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
-    return config.evaluates and evaluate(config, config.model_dir(n), directory / "evaluation", ranks)[1]
+    if not config.evaluates:
+        return False
+    from spin.evaluation.runner import evaluate
+
+    return evaluate(config, config.model_dir(n), directory / "evaluation", ranks)[1]
 
 
 def load_own_examples(config: Config, counts: Counter) -> list[Example]:

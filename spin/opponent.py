@@ -19,10 +19,9 @@ from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config, Data, Generate
 from spin.data import Example, digest, encode_prompts, load_generated
-from spin.distributed import Ranks, fsdp
-from spin.files import commit, cut_unfinished_line, read_json, to_json, write_whole
-from spin.logps import response_logps
-from spin.packing import Item, flops, micro_batches, pack, prefetched
+from spin.engine.distributed import Ranks, fsdp
+from spin.engine.files import commit, cut_unfinished_line, read_json, to_json, write_whole
+from spin.packing import Item, flops, micro_batches, pack, prefetched, response_logps
 
 PAIRS_PER_SHARD = 5000
 SAMPLES_SHOWN = 3

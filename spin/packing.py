@@ -1,4 +1,4 @@
-"""Prompts with their responses → one packed stream of tokens.
+"""Prompts with their responses → one packed stream of tokens, and the log-probabilities of its responses.
 
 The prompt stands once, its responses after it: [x][y][y']. Every response sees the prompt and itself
 (arXiv 2410.20305 calls this prefix sharing). Not only pairs: SFT packs one response, a multiple-choice
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.attention import Segments, moved
 from model.config import ModelConfig
+from model.mistral import Mistral
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,23 @@ def pack(items: Sequence[Item]) -> Packed:
         as_tensor(targets),
         as_tensor(lengths),
     )
+
+
+def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
+    """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens, end-of-sequence
+    included.
+
+    Differentiable, and summed in a fixed order. `chunk` rows of logits exist at a time. A stream without
+    responses gives an empty tensor that is still connected to every parameter, so that its backward pass
+    takes part in the collectives.
+    """
+    token_logps = model(
+        packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=chunk
+    )  # (R,)
+    if not len(packed.lengths):
+        return token_logps
+    # Without unsafe, the lengths are read back and checked, which stalls a GPU.
+    return torch.segment_reduce(token_logps, "sum", lengths=packed.lengths, unsafe=True)
 
 
 def flops(architecture: ModelConfig, item: Item) -> int:

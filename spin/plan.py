@@ -27,14 +27,13 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampler import CACHE_SHARE, MOST_SLOTS
-from spin import cli
 from spin.config import Config
-from spin.distributed import DTensor, Ranks, fsdp, local, pretended_ranks, sharded_model
-from spin.files import read_json
-from spin.logps import response_logps
-from spin.metrics import PEAKS
-from spin.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
-from spin.packing import Item, flops, pack
+from spin.engine import cli
+from spin.engine.distributed import DTensor, Ranks, fsdp, local, pretended_ranks, sharded_model
+from spin.engine.files import read_json
+from spin.engine.metrics import PEAKS
+from spin.engine.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
+from spin.packing import Item, flops, pack, response_logps
 from spin.trainer import alike, backward, spin_step
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from model.sampler import generate_tokens
 from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config
-from spin.distributed import this_device
+from spin.engine.distributed import this_device
 
 NARROWEST = 24  # characters; in columns narrower than this, answers stand one below the other
 

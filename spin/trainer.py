@@ -13,14 +13,13 @@ from torch import Tensor
 
 from model.attention import moved
 from model.mistral import Mistral
-from spin.checkpoint import Checkpoints
 from spin.config import Optimization, Train
-from spin.distributed import Ranks, fsdp, whole
-from spin.logps import response_logps
+from spin.engine.checkpoint import Checkpoints
+from spin.engine.distributed import Ranks, fsdp, whole
+from spin.engine.metrics import Log, peak_flops
+from spin.engine.optimizer import make_optimizer
 from spin.loss import initial_loss, margins, spin_loss
-from spin.metrics import Log, peak_flops
-from spin.optimizer import make_optimizer
-from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched
+from spin.packing import Item, Packed, flops, micro_batches, pack, prefetched, response_logps
 
 # At the first step policy and opponent are one model, so their log-probabilities differ by rounding alone. In
 # bf16, in other company, a response of 200 tokens is rounded by some tenths of a nat; other weights or pairs

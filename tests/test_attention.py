@@ -20,8 +20,7 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampler import generate
-from spin.logps import response_logps
-from spin.packing import Item, pack
+from spin.packing import Item, pack, response_logps
 from tests.helpers import random_ids, small_model
 
 GPU = "cuda"

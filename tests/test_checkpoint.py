@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model.weights import save_model
-from spin.checkpoint import Checkpoints, check_room, room_needed
 from spin.config import Train
-from spin.distributed import ranks, sharded_model
-from spin.metrics import Log
+from spin.engine.checkpoint import Checkpoints, check_room, room_needed
+from spin.engine.distributed import ranks, sharded_model
+from spin.engine.metrics import Log
+from spin.engine.optimizer import RMSprop
 from spin.opponent import score
-from spin.optimizer import RMSprop
 from spin.trainer import Stopped, train
 from tests.helpers import PART, ROOT, metrics, pairs, small_model
 
@@ -157,8 +157,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
         import resource, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
-        from spin.checkpoint import Checkpoints
-        from spin.distributed import ranks
+        from spin.engine.checkpoint import Checkpoints
+        from spin.engine.distributed import ranks
         from tests.test_checkpoint import run
         save = Checkpoints.save
         def limited(self, step):

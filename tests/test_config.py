@@ -2,8 +2,8 @@
 
 import pytest
 
-from spin.cli import iterations
 from spin.config import Recipe, build, differences, flat, read_toml, to_toml
+from spin.engine.cli import iterations
 from tests.helpers import ROOT
 
 PAPER = ROOT / "configs" / "zephyr-7b.toml"

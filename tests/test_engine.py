@@ -17,9 +17,9 @@ import torch
 import spin.trainer
 from model.weights import save_model
 from spin.config import Train
-from spin.distributed import ranks, sharded_model
+from spin.engine.distributed import ranks, sharded_model
+from spin.engine.optimizer import RMSprop
 from spin.opponent import score
-from spin.optimizer import RMSprop
 from spin.packing import Item
 from spin.trainer import Schedule, train
 from tests.helpers import free_port, naive_logps, random_ids, reference, small_model

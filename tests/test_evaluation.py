@@ -565,7 +565,7 @@ def test_unknown_tasks_and_harnesses_are_refused():
 
 
 def test_the_tables_columns_are_the_papers():
-    from spin.leaderboard import LEADERBOARD, PAPER
+    from spin.report.leaderboard import LEADERBOARD, PAPER
 
     averages = [round(sum(row) / 6, 2) for row in PAPER.values()]
     assert averages == pytest.approx([58.14, 60.80, 62.12, 62.97, 63.16], abs=0.011)

@@ -8,8 +8,7 @@ import torch
 from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import TokenLogps
-from spin.logps import response_logps
-from spin.packing import Item, pack
+from spin.packing import Item, pack, response_logps
 from tests.helpers import naive_logps, random_ids, reference, small_model
 
 SHAPES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spin.optimizer import RMSprop, randomly_rounded
+from spin.engine.optimizer import RMSprop, randomly_rounded
 
 
 def trajectory(make, steps=30, **settings):

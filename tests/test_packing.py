@@ -66,7 +66,7 @@ def test_flops_agree_with_torch_counter_on_the_matrices():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from spin.logps import response_logps
+    from spin.packing import response_logps
 
     item, model = Item([5] * 7, ([6] * 5, [7] * 4)), small_model()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -10,10 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.attention import Segments
 from spin.config import Config, Data, Train
-from spin.distributed import pretended_ranks, sharded_model
-from spin.logps import response_logps
-from spin.optimizer import RMSprop
-from spin.packing import Item, pack
+from spin.engine.distributed import pretended_ranks, sharded_model
+from spin.engine.optimizer import RMSprop
+from spin.packing import Item, pack, response_logps
 from spin.plan import Memory, Plan
 from tests.helpers import run_script, small_config
 

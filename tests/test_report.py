@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from spin.leaderboard import DOCUMENTS, LEADERBOARD
-from spin.markdown import marked
-from spin.report import evaluations, plot_training, table, write_report
+from spin.report.leaderboard import DOCUMENTS, LEADERBOARD
+from spin.report.markdown import marked
+from spin.report.run import evaluations, plot_training, table, write_report
 from spin.talk import side_by_side
 from tests.helpers import ROOT, write_jsonl
 

@@ -55,6 +55,15 @@ def test_every_file_that_is_imported_is_importable_alone_and_prints_nothing():
     assert done.stdout == ""
 
 
+def test_importing_train_loads_neither_tasks_nor_figures():
+    code = (
+        "import sys, train\nprint([name for name in sys.modules if name.startswith(('spin.', 'matplotlib'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "'spin.iteration'" in done.stdout
+    assert not re.search(r"'(matplotlib|spin\.evaluation\.tasks|spin\.report\.run)", done.stdout)
+
+
 @pytest.mark.parametrize("part", ["model", "spin"])
 def test_model_and_spin_print_nothing(part):
     for file in files(part):

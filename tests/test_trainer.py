@@ -9,7 +9,7 @@ import torch
 import spin.trainer
 from model.weights import save_model
 from spin.config import SFT, Recipe, Train
-from spin.distributed import Ranks, ranks, sharded_model
+from spin.engine.distributed import Ranks, ranks, sharded_model
 from spin.iteration import check
 from spin.opponent import score
 from spin.packing import Item

@@ -229,7 +229,7 @@ RANKS = """
 import sys, torch
 from pathlib import Path
 from model.weights import load_model
-from spin.distributed import ranks, sharded_model, whole
+from spin.engine.distributed import ranks, sharded_model, whole
 path = Path(sys.argv[1])
 with ranks() as group:
     model = sharded_model(path, group, torch.float32, attention="sdpa")

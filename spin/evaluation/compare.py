@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from spin.engine.files import read_json
 from spin.evaluation.statistics import paired_test, sign_test
-from spin.files import read_json
 
 METRICS = ("acc", "acc_norm", "exact_match", "exact_match_flexible", "exact_match_sampled", "logp")
 SHOWN = 12

@@ -8,7 +8,7 @@ from model.mistral import Mistral
 from model.sampler import generate_stream
 from model.tokenizer import Tokenizer
 from spin.config import Evaluate
-from spin.distributed import Ranks
+from spin.engine.distributed import Ranks
 from spin.evaluation.scoring import Encoder
 
 

@@ -11,8 +11,7 @@ from spin.config import Data, Evaluate
 from spin.data import data_files, digest, encode_prompts, load_examples, real_only, tokenize
 from spin.evaluation.engine import Engine
 from spin.evaluation.statistics import mean_and_stderr
-from spin.logps import response_logps
-from spin.packing import flops, micro_batches, pack
+from spin.packing import flops, micro_batches, pack, response_logps
 
 SLICE = 1024  # documents that are answered before their rows are given
 

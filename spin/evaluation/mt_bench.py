@@ -16,8 +16,8 @@ from pathlib import Path
 from model.tokenizer import Tokenizer
 from spin.config import Data, Evaluate
 from spin.data import read_rows
+from spin.engine.files import file_digest
 from spin.evaluation.engine import Engine
-from spin.files import file_digest
 
 log = logging.getLogger("spin")
 QUESTIONS = "mt_bench/question.jsonl"

@@ -18,7 +18,8 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.weights import fingerprint, load_model
 from spin.config import Config, Data, Evaluate
-from spin.distributed import Ranks
+from spin.engine.distributed import Ranks
+from spin.engine.files import cut_unfinished_line, read_json, to_json, write_whole
 from spin.evaluation.benchmark import Benchmark
 from spin.evaluation.engine import Engine, Task
 from spin.evaluation.heldout import Heldout
@@ -26,7 +27,6 @@ from spin.evaluation.mt_bench import MTBench
 from spin.evaluation.scoring import Encoder
 from spin.evaluation.statistics import pooled
 from spin.evaluation.tasks import BENCHMARKS, GROUPS, HARNESSES, MMLU_GROUPS
-from spin.files import cut_unfinished_line, read_json, to_json, write_whole
 
 log = logging.getLogger("spin")
 

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 
 from spin.data import read_rows
+from spin.engine.files import file_digest
 from spin.evaluation.statistics import mean_and_stderr
-from spin.files import file_digest
 
 HARNESSES = ("0.4.13", "0.4.0")
 FEW_SHOT_SEED = 1234  # the harness's own

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from spin.files import write_whole
+from spin.engine.files import write_whole
 
 # Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits.
 PEAKS = {

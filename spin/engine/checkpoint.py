@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from model.mistral import Mistral
 from model.weights import copy_tokenizer, write_checkpoint
-from spin.distributed import Ranks, whole
-from spin.files import commit, file_digest, read_json, to_json, whole_directory
+from spin.engine.distributed import Ranks, whole
+from spin.engine.files import commit, file_digest, read_json, to_json, whole_directory
 
 log = logging.getLogger("spin")
 

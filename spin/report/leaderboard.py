@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from spin.engine.files import read_json
 from spin.evaluation.mt_bench import read_judgments
-from spin.figures import COLORS, HATCHES, MARKERS, pyplot, save
-from spin.files import read_json
-from spin.markdown import markdown
+from spin.report.figures import COLORS, HATCHES, MARKERS, pyplot, save
+from spin.report.markdown import markdown
 
 # Task, metric, and the paper's name for it. MMLU's is the mean over subjects, as the leaderboard had it.
 LEADERBOARD = (

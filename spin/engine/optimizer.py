@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spin.config import Optimization
-from spin.distributed import local
+from spin.engine.distributed import local
 
 # Elements updated at a time: on a CPU what its caches hold, on a GPU enough to keep it busy.
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 from spin.config import Recipe
-from spin.distributed import lost_rank
+from spin.engine.distributed import lost_rank
 from spin.trainer import Stopped
 
 log = logging.getLogger("spin")

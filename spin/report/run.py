@@ -2,24 +2,21 @@
 
 A run in <run>/control (the same recipe with --train.objective=sft) stands beside it.
 
-    python -m spin.report runs/tiny         # report.md and figures, at any time
+    python -m spin.report runs/tiny  # report.md and figures, at any time
 """
 
-import argparse
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin import cli
 from spin.config import Config, Data, flat, read_toml
 from spin.data import load_generated
-from spin.figures import BLUE, GREEN, GREY, ORANGE, pyplot, save
-from spin.files import read_json, write_whole
-from spin.leaderboard import benchmarks, section, shown
+from spin.engine.files import read_json, write_whole
+from spin.engine.metrics import read_log
 from spin.loss import initial_loss
-from spin.markdown import markdown, marked
-from spin.metrics import read_log
+from spin.report.figures import BLUE, GREEN, GREY, ORANGE, pyplot, save
+from spin.report.leaderboard import benchmarks, section, shown
+from spin.report.markdown import markdown, marked
 
 SHOWN_PROMPTS = 10
 SHOWN_SAMPLES = 3
@@ -289,18 +286,3 @@ def _with_error(value: float, error: float) -> str:
 
 def _marked(row: dict) -> str:
     return row["sampled"].strip() + (" ✓" if row["exact_match_sampled"] else "")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write <run>/report.md and its figures from what is there.")
-    parser.add_argument("run", type=Path, help="a run's directory, also of one at work")
-    parser.add_argument(
-        "--show", action="append", default=[], metavar="TEXT", help="show the prompts that contain this"
-    )
-    with cli.errors_in_words():
-        options = parser.parse_args()
-        logging.getLogger("spin").info("%s", asked_report(options.run, options.show))
-
-
-if __name__ == "__main__":
-    main()
