@@ -26,7 +26,7 @@ from benchmarks.gpu import ASSUMED, PROMPT, SHAPES, Shape, decoding_step, traini
 from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import Mistral
-from model.sampler import sample
+from model.sampling import sample
 from spin.config import build
 from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole

@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 
 from model.attention import BACKENDS
 from model.mistral import RECOMPUTED
-from model.sampler import LOWEST_TEMPERATURE
+from model.sampling import LOWEST_TEMPERATURE
 
 
 def _free(default):
