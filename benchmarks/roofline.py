@@ -30,9 +30,10 @@ from model.sampling import sample
 from spin.config import build
 from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole
-from spin.packing import Item, flops, micro_batches, pack, response_logps
+from spin.loss import spin_step
+from spin.packing import Item, flops, identical_pairs, micro_batches, pack, response_logps
 from spin.plan import Plan, norms_of_a_gpu
-from spin.trainer import alike, backward, clip_gradient, spin_step
+from spin.trainer import backward, clip_gradient
 
 KERNEL = 2e-6  # seconds: no kernel takes less
 # What FlashAttention-2 reaches of a large product's rate on a Hopper GPU, forward and backward, with texts of
@@ -130,7 +131,8 @@ def training(shape: Shape, rates: Rates, items: list[Item], budget: int, setting
                 packed, opponent = pack(chosen), torch.zeros(len(chosen), 2)
                 with Roofline(rates, seen=seen(packed.segments)) as now:
                     logps = response_logps(plan.model, packed, shape.chunk)
-                    loss, _ = spin_step(config.train, logps, opponent, alike(chosen), len(items))
+                    part, identical = config.train, identical_pairs(chosen)
+                    loss, _ = spin_step(logps, opponent, identical, len(items), part.beta, part.loss)
                     backward(config.train, plan.model, loss, ranks, last=k == len(batches))
                 total.add(now)
             # DTensor learns the shapes, and would be charged for it

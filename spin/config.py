@@ -14,6 +14,7 @@ Later wins: default, recipe, iteration, command line (`--train.lr=1e-7`).
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,8 @@ from typing import Any, get_type_hints
 from model.attention import BACKENDS
 from model.mistral import RECOMPUTED
 from model.sampling import LOWEST_TEMPERATURE
+from model.tokenizer import TEMPLATES
+from spin.loss import LOSSES
 
 
 def _free(default):
@@ -183,25 +186,17 @@ class Config:
 
 _SECTIONS = get_type_hints(Config)  # {"run": Run, …}
 _FIELDS = {f"{section}.{f.name}": f for section, kind in _SECTIONS.items() for f in fields(kind)}
-_CHOICES = {
-    "model.save_dtype": ("bfloat16", "float32"),
-    "model.attention": ("auto", *BACKENDS),
-    "data.empty": ("refuse", "drop"),
-    "generate.template": ("zephyr", "instruction", "plain"),
-    "generate.dtype": ("bfloat16", "float32"),
-    "train.template": ("zephyr", "instruction", "plain"),
-    "train.optimizer": ("rmsprop", "adamw"),
-    "train.dtype": ("bfloat16", "float32"),
-    "train.second_moment": ("float32", "bfloat16"),
-    "train.activation_checkpointing": tuple(RECOMPUTED),
-    "train.objective": ("spin", "sft"),
-    "train.loss": ("logistic", "hinge", "exponential", "correlation"),
-    "sft.template": ("zephyr", "instruction", "plain"),
-    "sft.optimizer": ("rmsprop", "adamw"),
-    "sft.dtype": ("bfloat16", "float32"),
-    "sft.second_moment": ("float32", "bfloat16"),
-    "sft.activation_checkpointing": tuple(RECOMPUTED),
-    "evaluate.dtype": ("bfloat16", "float32"),
+_CHOICES = {  # by key, in whichever section it stands
+    "save_dtype": ("bfloat16", "float32"),
+    "attention": ("auto", *BACKENDS),
+    "empty": ("refuse", "drop"),
+    "template": TEMPLATES,
+    "dtype": ("bfloat16", "float32"),
+    "optimizer": ("rmsprop", "adamw"),
+    "second_moment": ("float32", "bfloat16"),
+    "activation_checkpointing": tuple(RECOMPUTED),
+    "objective": ("spin", "sft"),
+    "loss": tuple(LOSSES),
 }
 _POSITIVE = {"max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget"}
 _POSITIVE |= {"logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every"}
@@ -252,8 +247,10 @@ def build(values: dict[str, object]) -> Config:
     config = Config(**{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
     for name, value in flat(config).items():
         key = name.split(".")[1]
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(f"{name} = {value!r} is not one of {', '.join(_CHOICES[name])}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"{name} = {value!r} is not one of {', '.join(_CHOICES[key])}")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < 2**63):
+            raise ValueError(f"{name} = {value!r} is not a finite number of 64 bits")
         if (key in _POSITIVE and value <= 0) or (key in _NOT_NEGATIVE and value < 0):
             raise ValueError(f"{name} = {value!r} is out of range")
     if not 0 < config.generate.top_p <= 1:
@@ -328,8 +325,10 @@ def read_toml(path: Path) -> dict[str, object]:
 
 def _toml_value(value) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items()) + "}"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(v)}" for key, v in value.items()) + "}"
+    # A TOML string is JSON's, except that DEL must be escaped.
+    text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")
 
 
 def _flatten(table: dict, where: str) -> dict[str, object]:

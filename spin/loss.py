@@ -1,4 +1,7 @@
-"""The SPIN losses (arXiv 2401.01335, section 4) as pure functions."""
+"""The SPIN losses (arXiv 2401.01335, section 4) as pure functions of log-probabilities, and a step's metrics.
+
+B pairs; log-probabilities are summed over a response and in nats.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -41,3 +44,36 @@ def margins(
 def initial_loss(kind: str) -> float:
     """ℓ(0): what every iteration starts from, since policy and opponent are then the same model."""
     return float(LOSSES[kind](torch.zeros(())))
+
+
+# What spin_step returns, as means over a step's pairs. drift: how far policy and opponent are apart.
+METRICS = tuple("loss accuracy margin reward_real reward_generated logps_real logps_generated drift".split())
+
+
+def spin_step(
+    logps: Tensor,  # (2 B,) the policy's, of the real and the generated response of each pair alternately
+    opponent: Tensor,  # (B, 2) the opponent's, of the same
+    identical: Tensor,  # (B,) bool: the two responses are one text
+    pairs: int,
+    beta: float,
+    kind: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss of a micro-batch as its share of a step of `pairs` pairs, and the shares of METRICS."""
+    real, generated = logps.view(-1, 2).unbind(-1)  # (B,)
+    opponent_real, opponent_generated = opponent.unbind(-1)
+    # One text has one log-probability, even if it was rounded differently in two places: its gradient is 0.
+    generated = torch.where(identical, real, generated)
+    opponent_generated = torch.where(identical, opponent_real, opponent_generated)
+    loss = spin_loss(real, generated, opponent_real, opponent_generated, beta, kind).sum() / pairs
+    with torch.no_grad():
+        margin = margins(real, generated, opponent_real, opponent_generated)
+        metrics = (
+            (margin > 0).float(),  # accuracy: the policy tells the two apart better than the opponent
+            margin,
+            beta * (real - opponent_real),
+            beta * (generated - opponent_generated),
+            real,
+            generated,
+            (real - opponent_real).abs() + (generated - opponent_generated).abs(),
+        )
+        return loss, [loss, *(metric.sum() / pairs for metric in metrics)]

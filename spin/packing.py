@@ -124,6 +124,11 @@ def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
     return torch.segment_reduce(token_logps, "sum", lengths=packed.lengths, unsafe=True)
 
 
+def identical_pairs(items: Sequence[Item]) -> Tensor:
+    """Which pairs have one text as both responses (B,) bool."""
+    return torch.tensor([item.responses[0] == item.responses[1] for item in items], dtype=torch.bool)
+
+
 def flops(architecture: ModelConfig, item: Item) -> int:
     """Floating-point operations that a forward pass over an item needs, two for a multiply-add: the matrices
     for each token, attention for what each token sees, the head where something is predicted. A backward pass

@@ -33,8 +33,9 @@ from spin.engine.distributed import DTensor, Ranks, fsdp, local, pretended_ranks
 from spin.engine.files import read_json
 from spin.engine.metrics import PEAKS
 from spin.engine.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
-from spin.packing import Item, flops, pack, response_logps
-from spin.trainer import alike, backward, spin_step
+from spin.loss import spin_step
+from spin.packing import Item, flops, identical_pairs, pack, response_logps
+from spin.trainer import backward
 
 GIB = 2**30
 MEMORIES = {"H200": 139, "L40S": 44, "RTX 4090": 24}  # GiB, of those that have not 80
@@ -206,9 +207,9 @@ class Plan:
         memory.name("parameters", self.parameters)
         memory.name("optimizer", _tensors(self.optimizer))
         for last in (False, True):
-            loss, _ = spin_step(
-                part, self._logps(items), torch.zeros(len(items), 2), alike(items), 2 * len(items)
-            )
+            opponent, identical = torch.zeros(len(items), 2), identical_pairs(items)
+            logps = self._logps(items)
+            loss, _ = spin_step(logps, opponent, identical, 2 * len(items), part.beta, part.loss)
             memory.name("gradients", [weight.grad for weight in self.parameters if weight.grad is not None])
             memory.name_rest("activations")
             backward(part, self.model, loss, self.ranks, last)

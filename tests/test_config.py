@@ -66,9 +66,23 @@ def test_an_absent_recipe_is_named(tmp_path):
 
 
 def test_the_resolved_settings_give_themselves_again(tmp_path):
-    config = Recipe(ROOT / "configs" / "gsm8k.toml", ["--train.lr=3e-7", '--data.path=a "quoted" path']).at(0)
+    odd = '--data.path=a "quoted" path\x7f\t\x01'
+    architecture = '--sft.architecture={"two words" = 1, "a.b" = "c"}'
+    config = Recipe(ROOT / "configs" / "gsm8k.toml", ["--train.lr=3e-7", odd, architecture]).at(0)
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert build(read_toml(tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize("name", ["train.lr", "train.beta", "generate.temperature", "train.max_grad_norm"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        Recipe("", [f"--{name}={value}"])
+
+
+def test_a_number_beyond_64_bits_is_refused_by_name():
+    with pytest.raises(ValueError, match="generate.seed = .* is not a finite number of 64 bits"):
+        Recipe("", [f"--generate.seed={2**63}"])
 
 
 def test_only_settings_that_move_results_count_as_changed():
