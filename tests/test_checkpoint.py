@@ -1,7 +1,10 @@
 """Checkpoints: written beside training, whole or not used, the last few kept."""
 
+import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from model.weights import save_model
 from spin.config import Train
 from spin.engine.checkpoint import Checkpoints, check_room, room_needed
 from spin.engine.distributed import ranks, sharded_model
+from spin.engine.files import file_digest
 from spin.engine.metrics import Log
 from spin.engine.optimizer import RMSprop
 from spin.opponent import score
@@ -67,15 +71,15 @@ def flip(file):
         lambda path: flip(path / "__0_0.distcp"),
         lambda path: flip(path / ".metadata"),
         lambda path: (path / "__0_0.distcp").unlink(),
-        lambda path: (path / "digests.json").unlink(),
-        lambda path: (path / "digests.json").write_text("{"),
+        lambda path: (path / "about.json").unlink(),
+        lambda path: (path / "about.json").write_text("{"),
     ],
     ids=[
         "a bit of a shard",
         "a bit of the metadata",
         "a shard is missing",
-        "no digests",
-        "half of the digests",
+        "no record",
+        "half of the record",
     ],
 )
 def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_path, caplog, damage):
@@ -90,6 +94,56 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_pat
     assert [row["loss"] for row in again] == [row["loss"] for row in log]
     # the sixth step was taken again, and it alone: times differ
     assert again[4] == log[4] and again[5] != log[5]
+
+
+@pytest.mark.parametrize("what", ["step", "iteration"])
+def test_a_checkpoint_that_another_step_or_iteration_wrote_is_not_used(
+    opponent, group, tmp_path, caplog, what
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/inputs.json").write_text('{"opponent": "a"}')
+    undisturbed = run(opponent, group, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    if what == "step":  # the fifth under the name of the sixth
+        shutil.rmtree(checkpoints / "step-000006")
+        shutil.copytree(checkpoints / "step-000005", checkpoints / "step-000006")
+    else:
+        (tmp_path / "run/inputs.json").write_text('{"opponent": "b"}')
+    assert same(run(opponent, group, tmp_path / "run"), undisturbed)
+    assert "step-000006: damaged (of another step or iteration)" in caplog.text
+
+
+class Payload:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("where", ["metadata", "values"])
+def test_nothing_in_a_checkpoint_is_executed(opponent, group, tmp_path, where):
+    """With digests that fit: they lie next to the files, so whoever changes one changes both."""
+    undisturbed = run(opponent, group, tmp_path / "run")
+    path, traces = tmp_path / "run/checkpoints/step-000006", tmp_path / "executed"
+    if where == "metadata":
+        (path / ".metadata").write_bytes(pickle.dumps(Payload(traces)))
+    else:  # a value that is no tensor, which torch unpickles
+        reader = torch.distributed.checkpoint.FileSystemReader(path)
+        state = {name: torch.zeros(1) for name in reader.read_metadata().state_dict_metadata}
+        name = next(iter(state))
+        shutil.rmtree(path)
+        torch.distributed.checkpoint.save(state | {name: Payload(traces)}, checkpoint_id=path)
+        traces.unlink(missing_ok=True)
+    files = {file.name: file_digest(file) for file in path.iterdir() if file.name != "about.json"}
+    (path / "about.json").write_text(json.dumps({"step": 6, "inputs": "", "files": files}))
+    with pytest.raises(OSError, match="step-000006: cannot be loaded .*; remove it to resume without"):
+        run(opponent, group, tmp_path / "run")
+    assert not traces.exists()
+    shutil.rmtree(path)
+    assert same(run(opponent, group, tmp_path / "run"), undisturbed)
 
 
 def test_when_all_are_damaged_training_begins_anew(opponent, group, tmp_path):

@@ -177,5 +177,14 @@ def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
         write_report(tmp_path, ["Portsmouth"])
 
 
+def test_markup_in_held_out_texts_is_shown_and_not_rendered(tmp_path):
+    evaluation(tmp_path / "base", 0.5, 0.25)
+    file = tmp_path / "base/evaluation/heldout.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    write_jsonl(file, [row | {"prompt": "<b>x</b>|![i](u)", "target": "[a](b)", "sampled": "`c`\\"}])
+    text = write_report(tmp_path).read_text()
+    assert r"| \<b\>x\</b\>\|!\[i\](u) | \[a\](b) | \`c\`\\ |" in text
+
+
 def test_markdown_in_a_text_stays_text():
     assert marked("a b", "a *b* _c_ | d") == "a **\\*b\\* \\_c\\_ \\| d**"

@@ -15,6 +15,7 @@ from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Data
 from spin.opponent import verified_pairs
+from spin.report.markdown import escaped
 from spin.talk import side_by_side
 from tests.helpers import (
     ROOT,
@@ -108,8 +109,8 @@ def test_the_exported_model_says_what_it_is(finished):
     last = metrics(run / "iter1")[-1]
     for said in (
         "SPIN, iteration 1",
-        str(run / "base/model"),
-        str(run / "iter0/model"),
+        escaped(str(run / "base/model")),
+        escaped(str(run / "iter0/model")),
         "98 examples, 49 of them replayed",
         f"| loss | {last['loss']:.4g} |",
         "AutoModelForCausalLM.from_pretrained",

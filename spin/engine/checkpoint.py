@@ -1,6 +1,7 @@
 """Stop and go on: sharded checkpoints of training; and the export to a Hugging Face directory."""
 
 import logging
+import pickle
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model.mistral import Mistral
@@ -23,55 +25,58 @@ class Checkpoints:
     """<directory>/step-NNNNNN: parameters and optimizer, each rank its shards, written beside the training
     that goes on.
 
-    A checkpoint appears under its name when every rank's files are on disk and their digests with them, and
-    the last `keep` stay. It can be loaded on any number of ranks.
+    A checkpoint appears under its name when every rank's files are on disk and about.json with their digests,
+    the step, and a digest of the iteration's inputs.json; the last `keep` stay. It can be loaded on any
+    number of ranks. Loading executes nothing that a file says.
     """
 
     def __init__(
         self, directory: Path, keep: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks
     ):
-        self.directory, self.keep, self.model, self.optimizer, self.ranks = (
-            directory,
-            keep,
-            model,
-            optimizer,
-            ranks,
-        )
-        # its own: what is written meanwhile must not meet training's collectives
-        self.group = ranks.new_group()
+        self.directory, self.keep, self.ranks = directory, keep, ranks
+        self.model, self.optimizer = model, optimizer
+        self.group = ranks.new_group()  # its own, apart from training's collectives
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def restore(self) -> int:
-        """Load the newest checkpoint that is whole; returns its step, 0 if there is none.
+        """Load the newest intact checkpoint; returns its step, 0 if there is none.
 
-        One with files that are missing or differ from their digests is put aside as step-NNNNNN.damaged,
-        saying so.
+        One with files that are missing or differ from their digests, or that another step or iteration wrote,
+        is renamed step-NNNNNN.damaged with a warning.
         """
         self.ranks.from_first(self._clear)
         for step in self.ranks.from_first(lambda: sorted(_complete(self.directory), reverse=True)):
             path = _path(self.directory, step)
-            damaged = [name for names in self.ranks.gather(self._damaged(path)) for name in names]
+            damaged = [name for names in self.ranks.gather(self._damaged(path, step)) for name in names]
             if not damaged:
-                state = _state(self.model, self.optimizer)
-                with warnings.catch_warnings():
-                    # torch's notes on its own deprecated storage classes
-                    warnings.simplefilter("ignore", UserWarning)
-                    try:
-                        dcp.load(state, checkpoint_id=path)
-                    except CheckpointException as error:
-                        raise OSError(
-                            f"{path}: cannot be loaded ({_cause(error)}); remove it to go on without"
-                        ) from error
-                set_state_dict(
-                    self.model,
-                    self.optimizer,
-                    model_state_dict=state["model"],
-                    optim_state_dict=state["optimizer"],
-                )
+                self._load(path)
                 return step
             self.ranks.from_first(lambda: _put_aside(path, damaged[0]))
         return 0
+
+    def _state(self) -> tuple[dict, dict]:
+        """The tensors that a checkpoint holds, and the optimizer's other values, which the settings give.
+
+        torch would store the latter as pickles.
+        """
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer["state"]}, {"param_groups": optimizer["param_groups"]}
+
+    def _load(self, path: Path) -> None:
+        state, other = self._state()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about torch's own deprecated storage classes
+            try:
+                dcp.load(state, storage_reader=_TensorReader(path), planner=_TensorPlanner())
+            except CheckpointException as error:
+                raise OSError(
+                    f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
+                ) from error
+        optimizer = {"state": state["optimizer"], **other}
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer
+        )
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint, once the one before is there. Raises OSError if that one could not be
@@ -81,11 +86,9 @@ class Checkpoints:
         path = _path(self.directory, step)
         partial = path.with_name(path.name + ".partial")
         self.ranks.from_first(lambda: partial.mkdir(parents=True))
-        copied = dcp.async_save(
-            _state(self.model, self.optimizer), checkpoint_id=partial, process_group=self.group
-        )
+        copied = dcp.async_save(self._state()[0], checkpoint_id=partial, process_group=self.group)
         assert isinstance(copied, Future)  # what a stager of one's own would change
-        self.pending = self.writer.submit(self._finish, copied, partial, path)
+        self.pending = self.writer.submit(self._finish, copied, step, partial, path)
 
     @property
     def failed(self) -> bool:
@@ -105,7 +108,12 @@ class Checkpoints:
                 "it are intact. Mend that, and the same command goes on from the last one"
             ) from error
 
-    def _finish(self, copied: Future, partial: Path, path: Path) -> None:
+    def _inputs(self) -> str:
+        """A digest of what the iteration is made from; empty where no record of it is kept."""
+        file = self.directory.parent / "inputs.json"
+        return file_digest(file) if file.is_file() else ""
+
+    def _finish(self, copied: Future, step: int, partial: Path, path: Path) -> None:
         copied.result()
         mine = {file.name: file_digest(file) for file in partial.glob(f"__{self.ranks.rank}_*")}
         digests = self.ranks.gather(mine, self.group)
@@ -114,21 +122,25 @@ class Checkpoints:
             try:
                 everything = {name: digest for part in digests for name, digest in part.items()}
                 everything[".metadata"] = file_digest(partial / ".metadata")
-                (partial / "digests.json").write_text(to_json(everything))
+                about = {"step": step, "inputs": self._inputs(), "files": everything}
+                (partial / "about.json").write_text(to_json(about))
                 commit(partial, path)
-                for step in sorted(_complete(self.directory))[: -self.keep]:
-                    shutil.rmtree(_path(self.directory, step))
+                for old in sorted(_complete(self.directory))[: -self.keep]:
+                    shutil.rmtree(_path(self.directory, old))
             except OSError as error:
                 failure = error
         if failure := self.ranks.gather(failure, self.group)[0]:  # no rank goes on before it is there
             raise failure
 
-    def _damaged(self, path: Path) -> list[str]:
-        """Of this rank's share of the files, those that are not what was written."""
+    def _damaged(self, path: Path, step: int) -> list[str]:
+        """What is wrong with it: of this rank's share of the files, those that are not what was written."""
         try:
-            digests = read_json(path / "digests.json")
-        except (OSError, ValueError):
-            return ["digests.json"]
+            about = read_json(path / "about.json")
+            digests = dict(about["files"])
+            if (about["step"], about["inputs"]) != (step, self._inputs()):
+                return ["of another step or iteration"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ["about.json"]
         names = sorted(digests)[self.ranks.rank :: self.ranks.world_size]
         return [
             name for name in names if not (path / name).is_file() or file_digest(path / name) != digests[name]
@@ -138,6 +150,34 @@ class Checkpoints:
         """Remove what a killed run was writing."""
         for partial in self.directory.glob("step-*.partial"):
             shutil.rmtree(partial)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """torch keeps a checkpoint's metadata as a pickle; this reads it without calling anything else."""
+
+    def find_class(self, module: str, name: str):
+        known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        known = known or (module, name) in (("pathlib", "PosixPath"), ("torch.serialization", "_get_layout"))
+        if known or (
+            module == "torch" and (name == "Size" or isinstance(getattr(torch, name, 0), torch.dtype))
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint contains")
+
+
+class _TensorReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorPlanner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value) -> None:
+        """torch unpickles what is no tensor. Nothing else is written here."""
+        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
 
 
 def room_needed(directory: Path, size: int, keep: int) -> int:
@@ -200,8 +240,3 @@ def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card
     else:
         write_checkpoint(path, model.config, shapes, get, dtype, write=False)
     ranks.barrier()
-
-
-def _state(model: Mistral, optimizer: torch.optim.Optimizer) -> dict:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}

@@ -2,12 +2,13 @@
 load them.
 """
 
-import json
 from pathlib import Path
 
 from model.config import ModelConfig
 from model.tokenizer import render
 from spin.config import Config, to_toml
+from spin.engine.metrics import read_log
+from spin.report.markdown import escaped, markdown
 
 
 def model_card(
@@ -20,7 +21,7 @@ def model_card(
         inputs: what is in inputs.json, fingerprints of opponent (or init) and data
         examples: how many were trained on, in words
     """
-    metrics = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = (read_log(directory / "metrics.jsonl") or [{}])[-1]
     part = config.sft if iteration < 0 else config.train
     if iteration < 0:
         title = "SFT model"
@@ -54,13 +55,13 @@ pipeline_tag: text-generation
 tags: [{"sft" if iteration < 0 else "spin, self-play"}]
 ---
 
-# {Path(config.run.dir).name}: {title}
+# {escaped(Path(config.run.dir).name)}: {title}
 
-{_table(("", ""), facts)}
+{markdown([["", ""], *([name, escaped(value)] for name, value in facts)], longest=1000)}
 
 Self-play fine-tuning: [arXiv 2401.01335](https://arxiv.org/abs/2401.01335). The last training step:
 
-{_table(("metric", "value"), shown)}
+{markdown([["metric", "value"], *shown])}
 
 ## Load
 
@@ -84,7 +85,3 @@ token (`</s>` is the one token that ends a turn, not its characters):
 {to_toml(config).rstrip()}
 ```
 """
-
-
-def _table(head: tuple[str, str], rows: list[tuple]) -> str:
-    return "\n".join(f"| {a} | {b} |" for a, b in [head, ("---", "---"), *rows])

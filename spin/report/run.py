@@ -16,7 +16,7 @@ from spin.engine.metrics import read_log
 from spin.loss import initial_loss
 from spin.report.figures import BLUE, GREEN, GREY, ORANGE, pyplot, save
 from spin.report.leaderboard import benchmarks, section, shown
-from spin.report.markdown import markdown, marked
+from spin.report.markdown import escaped, markdown, marked
 
 SHOWN_PROMPTS = 10
 SHOWN_SAMPLES = 3
@@ -131,7 +131,7 @@ def answers(run: Path) -> str:
             documents[name] = [json.loads(line) for line in lines]
     rows = [["prompt", "right answer", *map(shown, documents)]]
     for texts in list(zip(*documents.values()))[:SHOWN_PROMPTS]:
-        rows.append([texts[0]["prompt"], texts[0]["target"], *(_marked(row) for row in texts)])
+        rows.append([escaped(texts[0]["prompt"]), escaped(texts[0]["target"]), *map(_marked, texts)])
     return f"{markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
 
 
@@ -285,4 +285,4 @@ def _with_error(value: float, error: float) -> str:
 
 
 def _marked(row: dict) -> str:
-    return row["sampled"].strip() + (" ✓" if row["exact_match_sampled"] else "")
+    return escaped(row["sampled"].strip()) + (" ✓" if row["exact_match_sampled"] else "")
