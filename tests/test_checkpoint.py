@@ -97,9 +97,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_pat
 
 
 @pytest.mark.parametrize("what", ["step", "iteration"])
-def test_a_checkpoint_that_another_step_or_iteration_wrote_is_not_used(
-    opponent, group, tmp_path, caplog, what
-):
+def test_a_checkpoint_of_another_step_or_iteration_is_not_used(opponent, group, tmp_path, caplog, what):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/inputs.json").write_text('{"opponent": "a"}')
     undisturbed = run(opponent, group, tmp_path / "run")
@@ -132,7 +130,8 @@ def test_nothing_in_a_checkpoint_is_executed(opponent, group, tmp_path, where):
         (path / ".metadata").write_bytes(pickle.dumps(Payload(traces)))
     else:  # a value that is no tensor, which torch unpickles
         reader = torch.distributed.checkpoint.FileSystemReader(path)
-        state = {name: torch.zeros(1) for name in reader.read_metadata().state_dict_metadata}
+        entries = reader.read_metadata().state_dict_metadata
+        state = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
         name = next(iter(state))
         shutil.rmtree(path)
         torch.distributed.checkpoint.save(state | {name: Payload(traces)}, checkpoint_id=path)

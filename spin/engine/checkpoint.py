@@ -70,9 +70,8 @@ class Checkpoints:
             try:
                 dcp.load(state, storage_reader=_TensorReader(path), planner=_TensorPlanner())
             except CheckpointException as error:
-                raise OSError(
-                    f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
-                ) from error
+                reason = f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
+                raise OSError(reason) from error
         optimizer = {"state": state["optimizer"], **other}
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer
