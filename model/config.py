@@ -1,60 +1,44 @@
-"""The architecture: read from a Hugging Face config.json or Mistral's params.json, or refused with the field
-named.
-"""
+"""The architecture, from a Hugging Face config.json; what the model would not compute is refused by field."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
-# Fields of config.json that change nothing in the forward pass. One that is neither here, nor a field of
-# ModelConfig, nor checked in `from_dict`, is refused unless it is off (null, false, 0, empty): this model
-# might not do what it asks.
-IGNORED = set(
-    """
-    architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path
-    _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
-    _commit_hash pad_token_id unk_token_id sep_token_id decoder_start_token_id is_decoder
-    is_encoder_decoder return_dict output_attentions output_hidden_states return_dict_in_generate
-    output_scores id2label label2id problem_type finetuning_task task_specific_params torchscript
-    use_bfloat16 tf_legacy_loss chunk_size_feed_forward remove_invalid_values pretraining_tp
-    max_sequence_length max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences forced_bos_token_id
-    forced_eos_token_id bad_words_ids unsloth_version unsloth_fixed base_model_name_or_path
+log = logging.getLogger("model.config")
+# Fields that change the computation. They must be absent or off: null, false, 0, empty.
+_REFUSED = """
+    attention_bias attention_out_bias mlp_bias qkv_bias use_qkv_bias use_bias qk_norm use_qk_norm qk_layernorm
+    attention_dropout hidden_dropout resid_pdrop attention_multiplier query_pre_attn_scalar attn_scale
+    attn_temperature_tuning attn_logit_softcapping final_logit_softcapping clip_qkv scale_emb scale_depth
+    dim_model_base rope_interleave no_rope_layers no_rope_layer_interval layer_types max_window_layers
+    use_sliding_window sliding_window_pattern attention_chunk_size use_bidirectional_attention alibi
+    parallel_attn use_parallel_residual kv_lora_rank num_local_experts num_experts n_routed_experts
+    quantization_config compression_config
 """.split()
-)  # pretraining_tp only splits matrix products into summands
+# The same of factors, which must be absent or 1.
+_FACTORS = "partial_rotary_factor embedding_multiplier residual_multiplier logits_scaling logit_scale".split()
+# Not logged as unknown: what `_check_supported` reads, and what most files have and no forward pass uses.
+_QUIET = """
+    hidden_act rope_parameters rope_scaling tokenizer_class architectures dtype torch_dtype use_cache
+    transformers_version pad_token_id pretraining_tp _name_or_path
+""".split()
 # What transformers takes for a field that config.json leaves out.
 _DEFAULTS: dict[str, dict] = {
-    "mistral": {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-}
-# Hugging Face's names of Mistral's own fields.
-_PARAMS = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "norm_eps": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta",
-    "sliding_window": "sliding_window",
-    "tied_embeddings": "tie_word_embeddings",
-    "max_position_embeddings": "max_position_embeddings",
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "llama": {"max_position_embeddings": 2048},
 }
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Mistral-style decoder; the fields are those of Hugging Face's config.json."""
+    """Shape of a Mistral-style decoder; the fields are those of Hugging Face's config.json.
+
+    A new field has a default under which nothing changes: `fingerprint` omits fields equal to their default.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -81,11 +65,9 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} is not a positive number")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads = {self.num_key_value_heads}"
-            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"num_attention_heads = {heads}: no multiple of num_key_value_heads = {groups}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd; rotary embeddings need pairs")
 
@@ -95,111 +77,53 @@ class ModelConfig:
 
         A field that is left out has transformers' default for the model_type; without a model_type, this
         class's. Raises ValueError, naming `where` and the field, for a missing size, a value of the wrong
-        type, and whatever this model would not compute exactly.
+        type, and a field that changes the computation. Logs the names of unknown fields, once.
         """
-
-        def refuse(field: str, only: str):
-            raise ValueError(f"{where}: {field} = {values[field]!r} is not supported, only {only}")
-
-        model_type = values.get("model_type", "mistral")
-        if model_type not in list(_DEFAULTS):
-            refuse("model_type", "'mistral' and 'llama'")
-        if values.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", "'silu'")
-        rope: dict = {}  # transformers 5 keeps theta in here
-        for field in ("rope_parameters", "rope_scaling"):
-            if values.get(field):
-                unscaled = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0}
-                if (
-                    rope
-                    or not isinstance(values[field], dict)
-                    or not (
-                        {**values[field], "rope_theta": None}.items()
-                        <= {**unscaled, "rope_theta": None}.items()
-                    )
-                ):
-                    refuse(field, "rotary embeddings without scaling, given once")
-                rope = values[field]
-        if values.get("partial_rotary_factor") not in (None, 1.0):
-            refuse("partial_rotary_factor", "1.0")
-        if "Llama" not in str(values.get("tokenizer_class") or "Llama"):
-            refuse("tokenizer_class", "LlamaTokenizer: a sentencepiece model")
-        known = {field.name for field in fields(cls)}
-        checked = {
-            "hidden_act",
-            "rope_parameters",
-            "rope_scaling",
-            "partial_rotary_factor",
-            "tokenizer_class",
-        }
-        for field in sorted(values.keys() - known - checked - IGNORED):
-            if values[field]:
-                refuse(field, "a model without it (IGNORED in model/config.py lists what changes nothing)")
-
+        _check_supported(values, where)
         missing = [field for field in _SIZES if values.get(field) is None]
         if missing:
-            raise ValueError(
-                f"{where}: no {', '.join(missing)}; is this the config.json of a language model?"
-            )
-        kept = dict(_DEFAULTS[model_type]) if "model_type" in values else {}
+            raise ValueError(f"{where}: no {', '.join(missing)}; is this a language model's config.json?")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(field for field in values.keys() - known - {*_QUIET, *_FACTORS} if values[field])
+        if unknown:
+            _log_unknown(where, ", ".join(unknown))
+
+        kept = {"rms_norm_eps": 1e-6} | _DEFAULTS[values["model_type"]] if "model_type" in values else {}
         null = {"sliding_window", "bos_token_id"}  # where it says something; elsewhere it is a field left out
         kept |= {key: values[key] for key in known & values.keys() if values[key] is not None or key in null}
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if "rope_theta" in rope:
             kept["rope_theta"] = rope["rope_theta"]
-        if model_type == "llama":
+        if kept.get("model_type") == "llama":
             kept.pop("sliding_window", None)  # Llama has none, whatever the file says
-        for declared in fields(cls):
-            _check_type(where, declared, kept)
+        for field in fields(cls):
+            if field.name in kept:
+                _check_type(where, field, kept[field.name])
         kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
-        if "head_dim" not in kept:
-            kept["head_dim"] = kept["hidden_size"] // max(1, kept["num_attention_heads"])
+        kept.setdefault("head_dim", kept["hidden_size"] // max(1, kept["num_attention_heads"]))
         try:
             return cls(**kept)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
     @classmethod
-    def from_params(cls, values: dict, where: str = "params.json") -> "ModelConfig":
-        """Read the dictionary of Mistral's own params.json; as `from_dict` raises."""
-        for field, value in values.items():
-            if field not in _PARAMS and value and (field, value) != ("model_type", "transformer"):
-                raise ValueError(
-                    f"{where}: {field} = {value!r} is not supported, only a dense decoder without it"
-                )
-        required = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
-        missing = [field for field, name in _PARAMS.items() if name in required and values.get(field) is None]
-        if missing:
-            raise ValueError(
-                f"{where}: no {', '.join(missing)}; is this the params.json of a language model?"
-            )
-        named = {_PARAMS[field]: value for field, value in values.items() if field in _PARAMS}
-        if named.get("rope_theta") is None:  # as mistral-inference has it
-            named["rope_theta"] = 1e6 if named.get("sliding_window") is None else 1e4
-        return cls.from_dict(named, where)
-
-    @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":
-        """Read `path`/config.json, or params.json. Raises FileNotFoundError or ValueError with the file
-        named.
-        """
-        for name, read in (("config.json", cls.from_dict), ("params.json", cls.from_params)):
-            file = Path(path) / name
-            if file.is_file():
-                values = read_object(file)
-                if name == "config.json" and "model_type" not in values:
-                    raise ValueError(f"{file}: no model_type; is this the config.json of a language model?")
-                return read(values, str(file))
-        raise FileNotFoundError(
-            f"{Path(path) / 'config.json'}: no such file; a model is a directory with config.json and "
-            "*.safetensors, or Mistral's params.json and consolidated.safetensors"
-        )
+        """Read `path`/config.json. Raises FileNotFoundError or ValueError with the file named."""
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: no such file; a model is a directory as Hugging Face lays it out: config.json, "
+                "tokenizer.model, and model.safetensors or its shards with their index"
+            )
+        values = read_object(file)
+        if "model_type" not in values:
+            raise ValueError(f"{file}: no model_type; is this a language model's config.json?")
+        return cls.from_dict(values, str(file))
 
     def to_dict(self, dtype: str) -> dict:
         """The config.json of an exported checkpoint whose tensors are of `dtype` ("bfloat16", "float32")."""
         result = {
-            "architectures": [
-                {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
-            ],
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "attention_dropout": 0.0,
             "hidden_act": "silu",
@@ -222,16 +146,38 @@ def read_object(file: Path) -> dict:
     return values
 
 
-def _check_type(where: str, field, values: dict) -> None:
-    """Raise ValueError unless values[field.name], if there, is of the field's type; an int may stand for a
-    float.
-    """
-    if field.name not in values:
-        return
-    value = values[field.name]
+def _check_supported(values: dict, where: str) -> None:
+    """Raise ValueError, naming the field, for what the model would not compute exactly."""
+
+    def require(met: bool, field: str, only: str) -> None:
+        if not met:
+            raise ValueError(f"{where}: {field} = {values[field]!r} is not supported, only {only}")
+
+    require(values.get("model_type", "mistral") in list(_DEFAULTS), "model_type", "'mistral' and 'llama'")
+    require(values.get("hidden_act") in (None, "silu"), "hidden_act", "'silu'")
+    for field in _FACTORS:
+        require(values.get(field) in (None, 1), field, "1.0")
+    for field in _REFUSED:
+        require(not values.get(field), field, "a model without it")
+    tokenizer = str(values.get("tokenizer_class") or "Llama")
+    require("Llama" in tokenizer, "tokenizer_class", "LlamaTokenizer: a sentencepiece model")
+    unscaled = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": None}
+    given = [field for field in ("rope_scaling", "rope_parameters") if values.get(field)]
+    for field in given:  # transformers 4 has the former, 5 the latter
+        rope = values[field]
+        plain = isinstance(rope, dict) and {**rope, "rope_theta": None}.items() <= unscaled.items()
+        require(plain and len(given) == 1, field, "rotary embeddings without scaling, given once")
+
+
+@cache  # the log has a file's fields once, however often the file is read
+def _log_unknown(where: str, names: str) -> None:
+    log.info("%s: unknown fields, ignored: %s", where, names)
+
+
+def _check_type(where: str, field, value) -> None:
+    """Raise ValueError unless `value` is of the field's type; an int may stand for a float."""
     if field.type is float and type(value) is int and abs(value) < 2**63:
         return
     if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
-        raise ValueError(
-            f"{where}: {field.name} = {value!r} is not {getattr(field.type, '__name__', field.type)}"
-        )
+        wanted = getattr(field.type, "__name__", field.type)
+        raise ValueError(f"{where}: {field.name} = {value!r} is not {wanted}")

@@ -115,21 +115,17 @@ class Tokenizer:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The sentencepiece model that `path` is or has. Raises FileNotFoundError, or ValueError for another
-    kind.
-    """
+    """The sentencepiece model that `path` is or has. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if path.is_file():
         return path
-    # Mistral's own downloads have tokenizer.model.v3 and the like.
-    found = [path / "tokenizer.model", *sorted(path.glob("tokenizer.model.v*"))]
-    for file in found:
-        if file.is_file():
-            return file
+    file = path / "tokenizer.model"
+    if file.is_file():
+        return file
     for other in ("tekken.json", "tokenizer.json"):
         if (path / other).is_file():
             raise ValueError(f"{path / other}: not a sentencepiece model; only tokenizer.model is supported")
-    raise FileNotFoundError(f"{path / 'tokenizer.model'}: no such file; a sentencepiece model is needed")
+    raise FileNotFoundError(f"{file}: no such file; a sentencepiece model is needed")
 
 
 def render(messages: Sequence[Message], template: str) -> list[str | None]:

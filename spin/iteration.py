@@ -14,6 +14,7 @@ A stage's result appears at once or not at all, and a stage whose result is ther
 import logging
 import shutil
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -126,6 +127,9 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, Path, Tokenizer]:
         )
     if part.architecture and not part.tokenizer:
         raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
+    unknown = sorted(part.architecture.keys() - {field.name for field in fields(ModelConfig)})
+    if unknown:
+        raise ValueError(f"sft.architecture: {unknown[0]} is not a field of ModelConfig (model/config.py)")
     tokenizer_path = Path(part.tokenizer or part.init)
     tokenizer = Tokenizer(tokenizer_path)
     if part.init:

@@ -411,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _architecture(given: Path | None, config: Config, recipe: Path) -> ModelConfig:
     """From the file or directory that is named, the base model, or the file beside the recipe."""
     beside = recipe.with_suffix(".json")
-    for path in [given] if given else [config.base / "config.json", config.base / "params.json", beside]:
+    for path in [given] if given else [config.base / "config.json", beside]:
         if path.is_dir():
             return ModelConfig.from_pretrained(path)
         if path.is_file():

@@ -212,8 +212,20 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
+        ("num_experts", 8),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("max_window_layers", 2),
+        ("use_sliding_window", True),
+        ("no_rope_layers", [1, 0]),
+        ("qk_norm", True),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("query_pre_attn_scalar", 256),
+        ("attention_multiplier", 1.0),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.0),
+        ("logits_scaling", 8.0),
         ("tokenizer_class", "PreTrainedTokenizerFast"),
-        ("a_field_of_next_year", 1),
         ("hidden_size", "4096"),
         ("sliding_window", 4096.5),
         ("tie_word_embeddings", 1),
@@ -234,19 +246,44 @@ def test_rotary_settings_in_two_places_are_refused():
         ModelConfig.from_dict(small_config().to_dict("float32") | two)
 
 
-def test_unknown_fields_that_are_off_and_known_ones_that_change_nothing_are_ignored():
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_no_unknown_field(name, caplog):
+    with caplog.at_level("INFO"):
+        ModelConfig.from_dict(PUBLISHED[name][0], f"published: {name}")
+    assert not caplog.records
+
+
+def test_unknown_fields_are_logged_once_by_name(tmp_path, caplog):
+    more = {
+        "a_field_of_next_year": 1,
+        "unsloth_version": "2024.9",
+        "off": None,
+        "empty": [],
+        "hidden_act": "silu",
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small_config().to_dict("float32") | more))
+    with caplog.at_level("INFO"):
+        assert (
+            ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_pretrained(tmp_path) == small_config()
+        )
+    assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("model.config", "INFO", f"{file}: unknown fields, ignored: a_field_of_next_year, unsloth_version")
+    ]
+
+
+def test_fields_that_are_off_are_ignored():
     values = small_config().to_dict("float32")
     more = {
         "qk_norm": False,
         "num_experts": 0,
-        "transformers_version": "9.9",
-        "_name_or_path": "x",
+        "layer_types": None,
+        "no_rope_layers": [],
         "rope_scaling": None,
         "tokenizer_class": "LlamaTokenizerFast",
-        "unsloth_version": "2024.9",
         "pretraining_tp": 2,
         "partial_rotary_factor": 1.0,
-        "_flash_attn_2_enabled": True,
+        "logits_scaling": 1,
     }
     assert ModelConfig.from_dict(values | more) == small_config()
     unscaled = {
@@ -257,39 +294,9 @@ def test_unknown_fields_that_are_off_and_known_ones_that_change_nothing_are_igno
     assert ModelConfig.from_dict(values | unscaled) == small_config(eos_token_id=[2, 7], bos_token_id=None)
 
 
-# params.json of mistral-inference's downloads.
-PARAMS = {
-    "dim": 4096,
-    "n_layers": 32,
-    "head_dim": 128,
-    "hidden_dim": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "norm_eps": 1e-05,
-    "vocab_size": 32768,
-    "rope_theta": 1000000.0,
-}
-
-
-def test_mistrals_own_params_are_the_same_architecture():
-    ours = ModelConfig.from_params(PARAMS)
-    theirs = ModelConfig.from_dict(PUBLISHED["Mistral-7B-v0.3"][0])
-    assert ours == theirs
-    old = {**PARAMS, "vocab_size": 32000, "sliding_window": 4096}
-    del old["rope_theta"]  # mistral-inference: 10,000 with a window, else 1,000,000
-    assert ModelConfig.from_params(old) == ModelConfig.from_dict(PUBLISHED["Mistral-7B-v0.1"][0])
-    del old["sliding_window"]
-    assert ModelConfig.from_params(old).rope_theta == 1e6
-
-
-@pytest.mark.parametrize("field", ["moe", "quantization", "vision_encoder", "yarn", "lora"])
-def test_params_of_what_is_no_dense_decoder_are_refused_by_field(field):
-    with pytest.raises(ValueError, match=f"params.json: {field}"):
-        ModelConfig.from_params(PARAMS | {field: {"num_experts": 8}})
-
-
 def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="config.json: no such file.*tokenizer.model.*safetensors"):
         ModelConfig.from_pretrained(tmp_path)
     for text, message in (
         ("{", "not JSON"),

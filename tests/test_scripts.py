@@ -506,6 +506,14 @@ def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recip
         (["--model.base=gone"], "gone: no such directory"),
         (["--sft.init=gone"], "gone"),
         (["--sft.init="], "sft.architecture"),
+        (
+            [
+                "--sft.init=",
+                f"--sft.tokenizer={ROOT}/miniature/seed0/base",
+                "--sft.architecture={hiden_size = 1}",
+            ],
+            "sft.architecture: hiden_size is not a field",
+        ),
         (["--evaluate.answer_pattern=(a)(b)"], "must have one group"),
         (["--data.num_prompts=999"], "num_prompts = 999"),
         (["--trian.lr=1"], "did you mean train.lr"),

@@ -187,12 +187,10 @@ def test_a_model_that_loses_line_ends_is_refused(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_mistrals_own_folder_and_folders_without_sentencepiece(tmp_path, mistral_tokenizer):
+def test_a_folder_without_sentencepiece_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a sentencepiece model; only tokenizer.model"):
         Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model.v3").write_bytes(mistral_tokenizer.file.read_bytes())
-    assert Tokenizer(tmp_path).file.name == "tokenizer.model.v3"
 
 
 def test_a_text_that_is_not_unicode_is_refused(mistral_tokenizer):
