@@ -160,7 +160,7 @@ def ranks(shard_size: int = 0):
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # After a restart torchrun's store still has the addresses of the ranks that died. (One agent
             # alone counts the restarts; of several each counts its own: for them
-            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see the README.)
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/clusters.md.)
             store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
