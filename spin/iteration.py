@@ -317,6 +317,14 @@ def _same_origin(directory: Path, config: Config, sections: tuple[str, ...], inp
 
 def _same_settings(directory: Path, config: Config, sections: tuple[str, ...]) -> None:
     file = directory / "config.toml"
+    records = ("config.toml", "inputs.json")
+    results = [path for path in directory.glob("*") if not path.name.startswith((*records, ".lock"))]
+    missing = [name for name in records if results and not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory / missing[0]}: missing, so nothing says how {results[0].name} was "
+            f"made; {_remedy(directory)}"
+        )
     changed = differences(read_toml(file), config, sections) if file.is_file() else []
     if changed:
         raise ValueError(

@@ -157,6 +157,24 @@ def test_a_changed_setting_that_does_not_matter_is_accepted(finished, recipe):
     assert "finished" in run_script("train.py", *recipe(run, "--train.token_budget=99"), "--iter", "0")
 
 
+@pytest.mark.parametrize("record", ["config.toml", "inputs.json"])
+def test_results_without_the_record_of_their_settings_are_refused(finished, recipe, tmp_path, record):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    (copy / "iter0" / record).unlink()
+    for script in ("train.py", "generate.py"):
+        output = run_script(script, *recipe(copy, "--train.beta=9"), "--iter", "0", fails=True)
+        assert f"iter0/{record}: missing, so nothing says how" in output
+
+
+def test_a_model_is_exported_again_where_the_log_of_its_training_was_lost(finished, recipe, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(copy / "iter0/model")
+    (copy / "iter0/metrics.jsonl").unlink()
+    run_script("train.py", *recipe(copy), "--iter", "0")
+    ours, theirs = weights(copy / "iter0/model"), weights(finished[0] / "iter0/model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_opponent_is_refused(finished, recipe, tmp_path):
     run, _ = finished
     copy = tmp_path / "copy"
