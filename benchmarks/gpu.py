@@ -342,12 +342,12 @@ def resume(shape: Shape, options) -> dict:
             process = subprocess.Popen(command(run), cwd=ROOT, stdout=log, stderr=log)
             metrics = run / "iter0/metrics.jsonl"
             while process.poll() is None and not (
-                metrics.is_file() and len(metrics.read_text().splitlines()) >= 15
+                metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) >= 15
             ):
                 time.sleep(0.01)
             process.terminate()
             process.wait()
-        reached = len(metrics.read_text().splitlines())
+        reached = len(metrics.read_text(encoding="utf-8").splitlines())
         subprocess.run(command(run), cwd=ROOT, env=hidden, check=True)
         shared = [f"--model.base={run}/base/model", f"--data.pairs={run}/iter0/generated"]
         subprocess.run([*command(Path(folder) / "cpu"), *shared], cwd=ROOT, env=hidden, check=True)

@@ -164,7 +164,9 @@ def _measure_memory(kind: str, dtype: torch.dtype, batches) -> float:
 
 def memory_status(field: str) -> float:
     """VmRSS (now) or VmHWM (at most, so far) of this process, in GB."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(
+        line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
     return int(lines[field].split()[0]) / 1e6
 
 

@@ -80,7 +80,10 @@ def main() -> None:
     for seed, folder in enumerate(folders):
         run_seed(seed, folder)
     text = table(folders)
-    before, after = DOCS.read_text().split(START)[0], DOCS.read_text().split(END)[1]
+    before, after = (
+        DOCS.read_text(encoding="utf-8").split(START)[0],
+        DOCS.read_text(encoding="utf-8").split(END)[1],
+    )
     DOCS.write_text(f"{before}{START}\n{text}\n{END}{after}")
     print(text)
 

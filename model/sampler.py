@@ -183,6 +183,7 @@ class Runner:
             self.tokens, self.positions, self.counts, self.streams = self.state
             self.token_logps = torch.zeros(slots, device=device)
             self.numbers = torch.arange(max(slots, length), device=device)
+        self.checked = False  # whether logits have been seen to be finite
         self.decode = replayed(self._step, self.state, slots) if graphs else self._step
 
     @torch.inference_mode()
@@ -217,8 +218,9 @@ class Runner:
             self.positions[begin], self.counts[begin] = sizes - 1, 0
             self.streams[begin] = torch.tensor([sequence.stream for sequence in fresh], device=device)
         logits = self.model(ids, positions, segments, self.cache, slots=slots, at=at)  # (N, V)
-        if fresh and not decoding and not first and not logits.isfinite().all():
+        if not self.checked and not logits.isfinite().all():
             raise ValueError("the model's logits are not finite; are its weights damaged?")
+        self.checked = True
         self._sample(logits, rows)
 
     def _sample(self, logits: Tensor, rows: slice) -> None:

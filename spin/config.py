@@ -215,7 +215,7 @@ class Recipe:
         if path and not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe; configs/ has some")
         try:
-            table = tomllib.loads(self.path.read_text() if path else "")
+            table = tomllib.loads(self.path.read_text(encoding="utf-8") if path else "")
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: not TOML ({error})") from None
         iterations = table.pop("iteration", [])
@@ -319,7 +319,7 @@ def to_toml(config: Config) -> str:
 
 def read_toml(path: Path) -> dict[str, object]:
     """{"section.key": value} of a file that `to_toml` wrote."""
-    table = tomllib.loads(path.read_text())
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
     return {f"{section}.{key}": value for section, entries in table.items() for key, value in entries.items()}
 
 

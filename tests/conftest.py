@@ -16,6 +16,14 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
+def pytest_configure(config):
+    """Tests are about a CPU, but for those marked gpu; and none is a rank of the shell's own job."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker ends long after the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -240,8 +240,8 @@ def rank_of(pid):
 def state_and_parent(pid):
     """("S", 17), or None for a process that has gone."""
     try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
+    except OSError:
         return None
     return state, int(parent)
 
@@ -261,7 +261,7 @@ def alive(pid):
     found = state_and_parent(pid)
     try:
         return found is not None and (found[0] not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -26,7 +26,7 @@ from tests.helpers import random_ids, small_model
 GPU = "cuda"
 # Relative root mean square error against the fp32 twin. A product of two numbers rounded to n bits of
 # mantissa is off by about 2^-n, and FlashAttention rounds the probabilities too; sums average that out.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}  # three roundings
 
 PAIRS = [Item([1] * 5, ([1] * 4, [1] * 7)), Item([1] * 9, ([1], [1] * 2)), Item([1] * 2, ([1] * 30,))]
 STREAMS = {

@@ -92,8 +92,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_pat
     assert steps(tmp_path / "run") == ["step-000005", "step-000006", "step-000006.damaged"]
     again = metrics(tmp_path / "run")
     assert [row["loss"] for row in again] == [row["loss"] for row in log]
-    # the sixth step was taken again, and it alone: times differ
-    assert again[4] == log[4] and again[5] != log[5]
+    assert again[:5] == log[:5]  # times included: the sixth step alone was taken again
 
 
 @pytest.mark.parametrize("what", ["step", "iteration"])
@@ -218,7 +217,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
             if step == 4:  # from here on no file may be longer than a checkpoint's: as on a disk that is full
                 self.wait()
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+                most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
             save(self, step)
         Checkpoints.save = limited
         with ranks() as group:

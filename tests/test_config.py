@@ -155,7 +155,7 @@ def test_the_miniatures_recipe_has_the_values_of_its_documentation():
 
 
 def test_the_requirements_pin_torch_exactly():
-    assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text().split()
+    assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 
 
 @pytest.mark.parametrize(

@@ -214,9 +214,9 @@ def test_two_ranks_give_what_one_gives(folder, out, tmp_path):
 def test_a_killed_evaluation_goes_on_and_a_finished_task_is_not_run_again(folder, out, tmp_path):
     killed = tmp_path / "killed"
     shutil.copytree(out, killed)
-    summary = json.loads((killed / "summary.json").read_text())
+    summary = json.loads((killed / "summary.json").read_text(encoding="utf-8"))
     (killed / "partial").mkdir()
-    lines = (killed / "gsm8k.jsonl").read_text().splitlines(keepends=True)
+    lines = (killed / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     marked = json.loads(lines[0]) | {"text": "kept from before", "exact_match": 0}
     (killed / "partial/gsm8k.rank3.jsonl").write_text(json.dumps(marked) + "\n" + lines[2] + lines[1][:30])
     (killed / "gsm8k.jsonl").unlink()
@@ -228,7 +228,10 @@ def test_a_killed_evaluation_goes_on_and_a_finished_task_is_not_run_again(folder
     after = results(killed)["gsm8k"]
     assert after[0]["text"] == "kept from before" and after[1:] == results(out)["gsm8k"][1:]
     assert not (killed / "partial").exists()
-    assert json.loads((killed / "summary.json").read_text())["tasks"].keys() == {*summary["tasks"], "gsm8k"}
+    assert json.loads((killed / "summary.json").read_text(encoding="utf-8"))["tasks"].keys() == {
+        *summary["tasks"],
+        "gsm8k",
+    }
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,9 @@ def change(folder, tmp_path, repository, configuration, split, edit):
 def test_what_a_model_is_too_short_for_is_refused_before_anything_runs(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "short")
     file = tmp_path / "short/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 40}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"max_position_embeddings": 40})
+    )
     for tasks, message in (
         ("mmlu_virology,gsm8k", "gsm8k: the model reads 40 tokens: no room"),
         ("mmlu_virology,truthfulqa_mc2", "parquet:.*: a choice longer than the model reads, 40 tokens"),
@@ -420,7 +425,9 @@ def test_an_empty_choice_is_scored_counted_and_never_taken_by_length(folder, tmp
     row = results(tmp_path / "out")["arc_challenge"][1]
     assert row["scores"][0] < 0 and row["prediction_norm"] != 0
     assert (
-        json.loads((tmp_path / "out/summary.json").read_text())["tasks"]["arc_challenge"]["empty_choices"]
+        json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["tasks"]["arc_challenge"][
+            "empty_choices"
+        ]
         == 1
     )
 
@@ -438,7 +445,7 @@ def test_jsonl_with_the_same_columns_is_read_too(folder, out, tmp_path):
 
 
 def test_contexts_that_are_cut_are_counted(out):
-    summary = json.loads((out / "summary.json").read_text())["tasks"]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))["tasks"]
     cut = sum(row["truncated"] for row in results(out)["arc_challenge"])
     assert summary["arc_challenge"]["truncated"] == cut > 0
 

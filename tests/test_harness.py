@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from spin.evaluation.scoring import Encoder, text_hash
 from spin.evaluation.tasks import BENCHMARKS, GSM8K, MMLU, MMLU_GROUPS
 from tests.helpers import ROOT, odd_strings, run_script, small_config
 
-os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+home = tempfile.TemporaryDirectory()  # where HOME cannot be written, and so that nothing is left in it
+os.environ |= {"HF_HOME": home.name, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 lm_eval = pytest.importorskip("lm_eval")
 shared = pytest.mark.skipif(
     not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here"
@@ -107,7 +109,7 @@ def test_every_documents_context_scores_prediction_and_metrics_are_the_harnesss(
         else:  # contexts, then choices without the blank between
             texts = [context for context, _ in arguments] + [choice[1:] for _, choice in arguments]
         assert row["hash"] == text_hash(texts), (name, row["doc"])
-    summary = json.loads((out / "summary.json").read_text())["tasks"][name]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))["tasks"][name]
     result = theirs["results"][name]
     metrics = {"acc": "acc,none", "acc_norm": "acc_norm,none", "exact_match": "exact_match,strict-match"}
     metrics |= {"exact_match_flexible": "exact_match,flexible-extract"}
@@ -216,7 +218,7 @@ def test_mmlus_subjects_groups_and_descriptions_are_the_harnesss():
     import yaml
 
     folder = Path(lm_eval.__file__).parent / "tasks/mmlu/default"
-    stock = [yaml.safe_load(file.read_text()) for file in folder.glob("mmlu_*.yaml")]
+    stock = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in folder.glob("mmlu_*.yaml")]
     assert {f"mmlu_{subject}" for subject in MMLU} == {task["task"] for task in stock}
     for task in stock:
         assert BENCHMARKS[task["task"]].description == task["description"]

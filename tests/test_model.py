@@ -59,7 +59,8 @@ def test_logits_in_bf16_are_as_near_to_fp32_as_transformers_own(shape):
             ours.append(logits_of(model, [sequence])[0] - expected)
             theirs.append(low(torch.tensor([sequence])).logits[0].float() - expected)
     ours, theirs = torch.cat(ours), torch.cat(theirs)
-    assert 0 < ours.square().mean() <= theirs.square().mean()  # the largest of thousands goes either way
+    # Means, for the largest of thousands goes either way; 1.1, for other vector units round otherwise.
+    assert 0 < ours.square().mean() <= 1.1 * theirs.square().mean()
 
 
 def test_the_window_matters_in_that_comparison():

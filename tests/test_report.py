@@ -43,7 +43,7 @@ def test_a_finished_run_beside_its_control(tmp_path):
         steps(tmp_path / f"iter{n}", 30)
         evaluation(tmp_path / f"iter{n}", 0.6, 0.3)
         evaluation(tmp_path / "control" / f"iter{n}", 0.55, 0.2)
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| SFT model | 0.250 ± 0.010 | 0.500 ± 0.010 |" in text
     assert "| iteration 1 | 0.300 ± 0.010 | 0.600 ± 0.010 |" in text
     assert "| control, SFT: iteration 1 | 0.200 ± 0.010 | 0.550 ± 0.010 |" in text
@@ -57,7 +57,7 @@ def test_a_run_under_way_shows_what_there_is(tmp_path, evaluated):
     steps(tmp_path / "iter0", 1)
     if evaluated:
         evaluation(tmp_path / "base", 0.5, 0.25)
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert ("accuracy.png" in text) == evaluated and "training.png" in text
     assert list(evaluations(tmp_path)) == (["base"] if evaluated else [])
     assert table(tmp_path).count("\n") == (2 if evaluated else 1)
@@ -81,12 +81,14 @@ def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
         text=True,
         check=True,
     )
-    assert str(tmp_path / "report.md") in done.stderr and "| 0 | 20 |" in (tmp_path / "report.md").read_text()
+    assert str(tmp_path / "report.md") in done.stderr and "| 0 | 20 |" in (tmp_path / "report.md").read_text(
+        encoding="utf-8"
+    )
     assert is_picture(tmp_path / "training.png") and (tmp_path / "training.png").read_bytes() != without
 
 
 def test_an_empty_run_has_an_empty_report(tmp_path):
-    assert write_report(tmp_path).read_text().startswith("#")
+    assert write_report(tmp_path).read_text(encoding="utf-8").startswith("#")
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -123,7 +125,7 @@ def test_the_leaderboard_stands_beside_the_papers(tmp_path):
     benchmark_results(tmp_path / "base/evaluation", 0)
     benchmark_results(tmp_path / "iter0/evaluation", 0.025)
     benchmark_results(tmp_path / "beside/zephyr-7b-beta", 0.1)
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| iteration 0 |" + " 52.50 ± 5.00 |" * 6 + " 52.50 |" in text
     assert "| — the paper | 60.41 | 43.73 | 74.19 | 26.76 | 82.85 | 60.92 | 58.14 |" in text
     assert "| — difference | -10.90 | +3.32 | -20.19 | +17.40 | -31.88 | -7.53 | -8.30 |" in text
@@ -136,7 +138,7 @@ def test_the_leaderboard_stands_beside_the_papers(tmp_path):
 def test_a_leaderboard_that_is_not_complete_shows_what_there_is(tmp_path):
     benchmark_results(tmp_path / "base/evaluation", 0)
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, ("arc_challenge", "openbookqa"))
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| iteration 0 | 52.50 ± 5.00 |  |  |  |  |  |  |" in text and "openbookqa acc_norm" in text
     assert is_picture(tmp_path / "average.png") and not (tmp_path / "radar.png").exists()
 
@@ -144,7 +146,7 @@ def test_a_leaderboard_that_is_not_complete_shows_what_there_is(tmp_path):
 def test_parts_of_the_tasks_are_not_set_against_the_papers_whole_ones(tmp_path):
     benchmark_results(tmp_path / "base/evaluation", 0)
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, divisor=10)
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| — difference |  |  |  |  |  |  |  |" in text and "| — difference | -10.41 |" in text
     assert (
         "SFT model: Scored as" in text and "iteration 0: Scored as" in text and "arc_challenge 117," in text
@@ -155,10 +157,10 @@ def test_judgments_stand_in_the_report(tmp_path):
     benchmark_results(tmp_path / "base/evaluation", 0, ())
     answered = {"documents": 80, "few_shot": 0, "harness": "FastChat", "model_id": "x-base", "empty": 0}
     (tmp_path / "base/evaluation/summary.json").write_text(json.dumps({"tasks": {"mt_bench": answered}}))
-    assert "| SFT model |  |  |  |" in write_report(tmp_path).read_text()
+    assert "| SFT model |  |  |  |" in write_report(tmp_path).read_text(encoding="utf-8")
     verdicts = [{"model": "x-base", "turn": turn, "score": score} for turn, score in ((1, 6), (1, 7), (2, 5))]
     write_jsonl(tmp_path / "mt_bench_judgment" / "gpt-4_single.jsonl", verdicts)
-    assert "| SFT model | 6.50 | 5.00 | 6.00 |" in write_report(tmp_path).read_text()
+    assert "| SFT model | 6.50 | 5.00 | 6.00 |" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
@@ -169,7 +171,7 @@ def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
     for n, said in enumerate(("55% of commuters use cars", "most commuters use buses and trains")):
         pairs = [{"real": turns(text, "mostly buses"), "generated": turns(text, said)} for text in prompts]
         write_jsonl(tmp_path / f"iter{n}/generated/part-00000-of-00001.jsonl", pairs)
-    text = write_report(tmp_path, ["Southampton"]).read_text()
+    text = write_report(tmp_path, ["Southampton"]).read_text(encoding="utf-8")
     assert "*data:* mostly buses\n" in text and "another prompt" not in text
     assert "*SFT model:* **55% of commuters use cars**\n" in text
     assert "*iteration 0:* **most** commuters use **buses and trains**\n" in text
@@ -180,9 +182,9 @@ def test_what_the_opponents_wrote_is_shown_with_the_differences(tmp_path):
 def test_markup_in_held_out_texts_is_shown_and_not_rendered(tmp_path):
     evaluation(tmp_path / "base", 0.5, 0.25)
     file = tmp_path / "base/evaluation/heldout.jsonl"
-    row = json.loads(file.read_text().splitlines()[0])
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
     write_jsonl(file, [row | {"prompt": "<b>x</b>|![i](u)", "target": "[a](b)", "sampled": "`c`\\"}])
-    text = write_report(tmp_path).read_text()
+    text = write_report(tmp_path).read_text(encoding="utf-8")
     assert r"| \<b\>x\</b\>\|!\[i\](u) | \[a\](b) | \`c\`\\ |" in text
 
 

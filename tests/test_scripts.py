@@ -46,7 +46,7 @@ STAGES = (
 def finished(recipe, tmp_path_factory):
     """A run of iterations 0 and 1, its base trained on the way."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    output = run_script("train.py", *recipe(run), "--iter", "0-1")
+    output = run_script("train.py", *recipe(run), "--iter", "0-1", launch=True)
     return run, output
 
 
@@ -105,7 +105,7 @@ def test_the_exported_model_loads_in_transformers_with_the_same_logits(finished)
 
 def test_the_exported_model_says_what_it_is(finished):
     run, _ = finished
-    card = (run / "iter1/model/README.md").read_text()
+    card = (run / "iter1/model/README.md").read_text(encoding="utf-8")
     last = metrics(run / "iter1")[-1]
     for said in (
         "SPIN, iteration 1",
@@ -117,12 +117,12 @@ def test_the_exported_model_says_what_it_is(finished):
         "vllm serve",
         "Why is the sky blue?",
         "num_prompts = 49",
-        json.loads((run / "iter1/inputs.json").read_text())["opponent"],
+        json.loads((run / "iter1/inputs.json").read_text(encoding="utf-8"))["opponent"],
     ):
         assert said in card, said
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "SFT model" in (run / "base/model/README.md").read_text()
-    assert json.loads((run / "iter1/model/generation_config.json").read_text()) == {
+    assert "SFT model" in (run / "base/model/README.md").read_text(encoding="utf-8")
+    assert json.loads((run / "iter1/model/generation_config.json").read_text(encoding="utf-8")) == {
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -209,7 +209,9 @@ def test_evaluate_gives_every_model_a_row_and_documents_in_order(finished, recip
         assert f"| {name} | 0." in output
     rows = [json.loads(line) for line in open(run / "iter1/evaluation/heldout.jsonl")]
     assert [row["doc"] for row in rows] == list(range(40))
-    summary = json.loads((run / "iter1/evaluation/summary.json").read_text())["tasks"]["heldout"]
+    summary = json.loads((run / "iter1/evaluation/summary.json").read_text(encoding="utf-8"))["tasks"][
+        "heldout"
+    ]
     assert summary["exact_match"] == sum(row["text"].strip() == row["target"] for row in rows) / 40
     p = summary["exact_match_sampled"]
     assert summary["exact_match_sampled_stderr"] == pytest.approx((p * (1 - p) / 39) ** 0.5)
@@ -227,11 +229,8 @@ def test_any_checkpoint_can_be_evaluated_alone(finished, recipe, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_run_of_one(finished, recipe, tmp_path):
-    run, _ = finished
-    run_script("train.py", *recipe(tmp_path / "two"), "--iter", "0-1", ranks=2)
-    one, two = run, tmp_path / "two"
-    # The base models, trained by one rank and by two, differ in the last bits, and so do their fingerprints
-    # in meta.json.
+    one, two = finished[0], tmp_path / "two"
+    run_script("train.py", *recipe(two, f"--model.base={one}/base/model"), "--iter", "0-1", ranks=2)
     (shard,) = (name for name in generated(one / "iter0") if name.endswith(".jsonl"))
     assert generated(one / "iter0")[shard] == generated(two / "iter0")[shard]
     for n in (0, 1):
@@ -387,9 +386,9 @@ def stage(finished, tmp_path):
 )
 def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, message):
     directory, shard, examples = stage
-    text = shard.read_text()
+    text = shard.read_text(encoding="utf-8")
     shard.write_text(re.sub(old, new, text))
-    assert shard.read_text() != text
+    assert shard.read_text(encoding="utf-8") != text
     if message is None:
         assert len(verified_pairs(directory, Data(), examples)) == 49
         return
@@ -399,7 +398,7 @@ def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, message):
 
 def test_a_generate_stage_of_another_opponent_or_of_other_settings_is_refused(stage):
     directory, _, examples = stage
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     same = {"opponent": meta["opponent"], "settings": meta["settings"]}
     assert len(verified_pairs(directory, Data(), examples, same)) == 49
     with pytest.raises(ValueError, match="made with another opponent"):
@@ -429,7 +428,7 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
     changes = ("--generate.max_new_tokens=3", "--data.max_prompt_length=12", f"--model.base={run}/base/model")
     output = run_script("generate.py", *recipe(tmp_path / "run", *changes), "--iter", "0")
     rows = [json.loads(line) for line in open(tmp_path / "run/iter0/generated/part-00000-of-00001.jsonl")]
-    meta = json.loads((tmp_path / "run/iter0/generated/meta.json").read_text())
+    meta = json.loads((tmp_path / "run/iter0/generated/meta.json").read_text(encoding="utf-8"))
     assert meta["pairs"] == len(rows) == 49
     assert meta["mean_tokens"] <= 3 and meta["mean_prompt_tokens"] <= 12
     # Cut means: three tokens, the last of which does not end the text. A token is a letter here.

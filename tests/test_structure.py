@@ -17,7 +17,7 @@ ALLOWED = {"model": {"model"}, "spin": {"model", "spin"}, "scripts": {"model", "
 
 
 def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +67,11 @@ def test_importing_train_loads_neither_tasks_nor_figures():
 @pytest.mark.parametrize("part", ["model", "spin"])
 def test_model_and_spin_print_nothing(part):
     for file in files(part):
-        calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+        calls = (
+            node
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        )
         assert not any(getattr(call.func, "id", "") == "print" for call in calls), file
 
 
@@ -81,7 +85,7 @@ def test_only_distributed_knows_of_ranks():
 def test_the_shipped_world_is_what_the_generator_makes():
     world = make(0)
     for name in ("sft", "heldout"):
-        shipped = (ROOT / "miniature" / "seed0" / f"{name}.jsonl").read_text()
+        shipped = (ROOT / "miniature" / "seed0" / f"{name}.jsonl").read_text(encoding="utf-8")
         assert shipped == "".join(json.dumps(row) + "\n" for row in world[name])
     assert (ROOT / "miniature/seed0/base/tokenizer.model").read_bytes() == tokenizer_model()
     assert (ROOT / "miniature/seed0/base/model.safetensors").stat().st_size < 1_000_000

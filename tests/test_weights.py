@@ -168,7 +168,7 @@ def test_three_ranks_hold_uneven_shards_of_the_very_tensors(tmp_path):
         env=environment() | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    rows = [int((tmp_path / f"rank{rank}").read_text()) for rank in range(3)]
+    rows = [int((tmp_path / f"rank{rank}").read_text(encoding="utf-8")) for rank in range(3)]
     assert sum(rows) == sum(len(parameter) for parameter in model.parameters()) and rows[0] > rows[2]
 
 
@@ -197,7 +197,7 @@ def test_a_tokenizers_files_and_the_sources_generation_config_travel_along(tmp_p
     save_model(small_model(), tmp_path / "m", torch.float32, tokenizer=source)
     assert (tmp_path / "m/tokenizer.model").read_bytes() == letters.file.read_bytes()
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "m" / name).read_text() == name
+        assert (tmp_path / "m" / name).read_text(encoding="utf-8") == name
     assert not (tmp_path / "m/pytorch_model.bin").exists()
 
 
@@ -300,7 +300,7 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{shard.name}: no such file, where {INDEX} has model"):
         Checkpoint(path)
     shard.write_bytes(content)
-    index = json.loads((path / INDEX).read_text())
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     moved = next(name for name, file in index["weight_map"].items() if file == shard.name)
     index["weight_map"][moved] = sorted(path.glob("*.safetensors"))[0].name
     (path / INDEX).write_text(json.dumps(index))
@@ -362,7 +362,7 @@ def test_fingerprint_follows_weights_architecture_and_tokenizer(tmp_path):
     (path / "tokenizer.model").write_bytes(b"Pieces")
     assert len({first, second, fingerprint(path)}) == 3
     (path / "tokenizer.model").unlink()
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     assert fingerprint(path) != first
 
@@ -390,6 +390,6 @@ def test_a_new_field_of_the_architecture_changes_a_fingerprint_only_off_its_defa
     before = fingerprint(path)
     monkeypatch.setattr("model.weights.ModelConfig", Wider)
     assert Wider.from_pretrained(path).new_field == 0.0 and fingerprint(path) == before
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps(config | {"new_field": 1.0}))
     assert fingerprint(path) != before

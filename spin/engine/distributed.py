@@ -137,7 +137,12 @@ def lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended; gloo's exceptions have no class of their
     own.
     """
-    return isinstance(error, dist.DistError) or "by peer" in str(error) or "Connection refused" in str(error)
+    return (
+        isinstance(error, dist.DistError)
+        or "by peer" in str(error)
+        or "Connection refused" in str(error)
+        or "Broken pipe" in str(error)
+    )
 
 
 @contextmanager

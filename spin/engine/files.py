@@ -55,7 +55,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def to_json(value) -> str:

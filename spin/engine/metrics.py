@@ -65,5 +65,5 @@ def read_log(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl, also of one that is being written: what follows the last line's end is
     left out.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
