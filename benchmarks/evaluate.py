@@ -34,11 +34,12 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import load_model, save_model
-from spin.config import Config, build
+from spin.config import Config
 from spin.engine.distributed import ranks
-from spin.evaluation.engine import Engine
-from spin.evaluation.runner import load_tasks
+from spin.engine.recipe import build
+from spin.evaluation.runner import answers, load_tasks
 from spin.evaluation.scoring import Encoder
+from spin.evaluation.task import LoadedModel
 from spin.evaluation.tasks import BENCHMARKS
 from spin.report.leaderboard import DOCUMENTS, LEADERBOARD
 
@@ -71,10 +72,10 @@ class Ours:
     def run(self, name: str, _: int = 0) -> tuple[float, list[dict]]:
         began = time.perf_counter()
         encoder = Encoder(self.tokenizer, bos=True)
-        engine = Engine("ours", self.config.evaluate, self.model, self.tokenizer, encoder, self.group)
+        model = LoadedModel("ours", self.config.evaluate, self.model, self.tokenizer, encoder, self.group)
         with tempfile.TemporaryFile("w") as file:
             rows = []
-            for row in self.tasks[name].answers(engine, range(len(self.tasks[name]))):
+            for row in answers(self.tasks[name], model, range(len(self.tasks[name].documents))):
                 file.write(json.dumps(row) + "\n")
                 rows.append(row)
         return time.perf_counter() - began, sorted(rows, key=lambda row: row["doc"])
@@ -212,14 +213,13 @@ def alone(config: ModelConfig, device: str, data: Path, names: list[str], limit:
     result, rate = {}, {}
     with ranks() as group:
         for task in load_tasks(settings):
-            engine = Engine(
-                "random", settings.evaluate, model, tokenizer, Encoder(tokenizer, bos=True), group
-            )
-            list(task.answers(engine, range(min(4, len(task)))))  # allocates, captures graphs
+            encoder, count = Encoder(tokenizer, bos=True), len(task.documents)
+            loaded = LoadedModel("random", settings.evaluate, model, tokenizer, encoder, group)
+            list(answers(task, loaded, range(min(4, count))))  # allocates, captures graphs
             began = time.perf_counter()
-            list(task.answers(engine, range(len(task))))
-            rate[task.name] = len(task) / (time.perf_counter() - began)
-            result[task.name] = {"documents": len(task), "documents/s": round(rate[task.name], 2)}
+            list(answers(task, loaded, range(count)))
+            rate[task.name] = count / (time.perf_counter() - began)
+            result[task.name] = {"documents": count, "documents/s": round(rate[task.name], 2)}
             print(task.name, result[task.name], flush=True)
     subjects = [value for name, value in rate.items() if name.startswith("mmlu_")]
     if subjects:

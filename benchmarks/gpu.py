@@ -43,10 +43,10 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampler import generate
-from spin.config import build
 from spin.engine.checkpoint import Checkpoints
 from spin.engine.distributed import Ranks, pretended_ranks, ranks, sharded_model, this_device
 from spin.engine.files import read_json, to_json, write_whole
+from spin.engine.recipe import build
 from spin.evaluation.tasks import BENCHMARKS
 from spin.opponent import score
 from spin.packing import Item, flops

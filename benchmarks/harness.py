@@ -5,7 +5,7 @@ with.
 import json
 from pathlib import Path
 
-from spin.evaluation.tasks import BENCHMARKS, GSM8K
+from spin.evaluation.tasks import BENCHMARKS
 
 STOCK = {  # the harness's own task files; MMLU's and BIG-bench's are found by their names
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -95,9 +95,9 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
             if split not in files
         ]
         lines |= dict.fromkeys(absent)
-        if isinstance(task, GSM8K) and paper:
+        if name == "gsm8k" and paper:
             lines["generation_kwargs"] = {
-                "until": task.stops("0.4.0"),
+                "until": list(task.stops["0.4.0"]),
                 "do_sample": False,
                 "temperature": 0.0,
             }

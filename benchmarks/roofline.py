@@ -27,9 +27,9 @@ from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampling import sample
-from spin.config import build
 from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole
+from spin.engine.recipe import build
 from spin.loss import spin_step
 from spin.packing import Item, flops, identical_pairs, micro_batches, pack, response_logps
 from spin.plan import Plan, norms_of_a_gpu

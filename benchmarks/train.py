@@ -187,7 +187,7 @@ def loads(path: str | None, count: int) -> dict[str, tuple[ModelConfig, list[Ite
         tokenizer = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
         data = Data(max_length=1024)
         gsm8k = tokenize(
-            load_examples(path, data, Counter(), need_generated=True), tokenizer, "zephyr", data, Counter()
+            load_examples(path, data, Counter(), pairs=True), tokenizer, "zephyr", data, Counter()
         )
         gsm8k = rng.sample(gsm8k, count)
     # log-normal, with the means and deviations that the pairs have under Mistral's tokenizer and the chat

@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs, replayed without launching their kernels one by one."""
+"""Decoding steps as CUDA graphs: launching a step's kernels one by one takes longer than running them."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,17 +8,14 @@ from torch import Tensor
 
 
 def replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callable[[int], None]:
-    """`step` as CUDA graphs for a few numbers of rows: launching its kernels takes longer than running them.
-
-    Other numbers are rounded up; idle slots are computed too.
-    """
+    """`step` as CUDA graphs for a few row counts; other counts are rounded up, so idle slots are computed."""
     sizes = sorted({min(1 << i, slots) for i in range(slots.bit_length() + 1)})
     graphs: dict[int, Callable[[], None]] = {}
-    pool = torch.cuda.graph_pool_handle()  # one for all: no graph leaves anything in it
+    pool = torch.cuda.graph_pool_handle()  # shared, since no graph leaves anything in it
 
     def replay(rows: int) -> None:
         size = next(size for size in sizes if size >= rows)
-        with torch.cuda.device(state.device):  # streams are the current device's
+        with torch.cuda.device(state.device):  # streams belong to the current device
             if size not in graphs:
                 graphs[size] = captured(lambda: step(size), state, pool)
             graphs[size]()
@@ -27,7 +24,7 @@ def replayed(step: Callable[[int], None], state: Tensor, slots: int) -> Callable
 
 
 def captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], None]:
-    """`work` as a CUDA graph; `state` is left as it is. `work` must only use memory that stays in place."""
+    """`work` as a CUDA graph; `state` is left unchanged. `work` may only use memory that stays in place."""
     before = state.clone()
     side = _side_stream(state.device)
     side.wait_stream(torch.cuda.current_stream())
@@ -44,5 +41,5 @@ def captured(work: Callable[[], None], state: Tensor, pool) -> Callable[[], None
 
 @lru_cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the whole process: cuBLAS keeps a workspace for every stream that it has seen."""
+    """One per process: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)

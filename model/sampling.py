@@ -7,57 +7,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256  # vocabulary entries in a block, see `at_quantiles`
+BLOCK = 256  # vocabulary entries per block, see `at_quantiles`
 LOWEST_TEMPERATURE = 1e-6  # below it, logits divided by the temperature may overflow fp32
+_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, uniforms: Tensor | None = None
-) -> Tensor:
-    """One token per row: argmax, or drawn by given uniform numbers.
-
-    Args:
-        logits: (N, V) fp32    uniforms: (N, 2) fp64 in [0, 1), needed when temperature > 0
-
-    Returns: (N,) int64
-    """
+def sample(logits: Tensor, temperature: float, top_k=0, top_p=1.0, uniforms: Tensor | None = None) -> Tensor:
+    """One token per row, (N, V) fp32 → (N,) int64: argmax, or drawn with uniforms (N, 2) fp64 in [0, 1)."""
     if temperature == 0:
-        return logits.max(-1).indices  # of equal ones the first, like argmax, and sooner
+        return logits.max(-1).indices  # the first of equal ones, like argmax, but faster
     assert uniforms is not None
     scores = logits if temperature == 1 else logits / temperature
     return at_quantiles(restricted(scores, top_k, top_p).softmax(-1), uniforms)
 
 
 def at_quantiles(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row, (N, V) → (N,) int64: a block of the vocabulary by one number of uniforms (N, 2), a
-    place in it by the other.
+    """One token per row, (N, V) → (N,) int64: uniforms[:, 1] draws a block, uniforms[:, 0] a place in it.
 
-    With a single number, one sum would run over the whole vocabulary, and its rounding would move the ends of
-    thousands of improbable tokens: of 512 sampled texts, 23 came out otherwise in another batch. Now a few
-    hundred ends matter.
+    A sum over the whole vocabulary would move, by its rounding, the limits of thousands of improbable tokens:
+    23 of 512 texts differed in another batch.
     """
     n, vocabulary = probabilities.shape
     if vocabulary % BLOCK:
         probabilities = F.pad(probabilities, (0, -vocabulary % BLOCK))
-    blocks = probabilities.view(n, -1, BLOCK)
+    blocks = probabilities.view(n, -1, BLOCK)  # (N, V / BLOCK, BLOCK)
     block = _quantile(blocks.sum(-1), uniforms[:, 1])
     return block * BLOCK + _quantile(blocks[torch.arange(n, device=block.device), block], uniforms[:, 0])
 
 
 def _quantile(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place up to which more than a share `uniforms` (N,) of a row's weights (N, M) lies: (N,)
-    int64.
-    """
+    """The first place (N,) at which a row's cumulated weights (N, M) exceed the share `uniforms` (N,)."""
     ends = weights.cumsum(-1, dtype=torch.float64)
-    target = uniforms.clamp(max=1 - 2**-52)[:, None] * ends[:, -1:]  # below the last end, however rounded
+    target = uniforms.clamp(max=1 - 2**-52)[:, None] * ends[:, -1:]  # below the last end after rounding
     return torch.searchsorted(ends, target, right=True).squeeze(-1)
 
 
 def restricted(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Scores (N, V) with -inf for the tokens that top-k, and after it top-p, leave out.
+    """Scores (N, V) with -inf for the tokens that top-k, and after it top-p, exclude.
 
-    As transformers' warpers do it: what equals the k-th best stays; the nucleus is counted from the least
-    probable token up, in fp32; the most probable one always stays.
+    Like transformers' warpers: ties with the k-th best stay, and the most probable token always stays; the
+    nucleus is counted from the least probable token up, in fp32.
     """
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
@@ -70,16 +59,15 @@ def restricted(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def counter_uniform(seed: int, streams: Tensor, steps: Tensor) -> Tensor:
-    """Two uniform numbers in [0, 1), a fixed function of (seed, stream, step): (N,), (N,) int64 → (N, 2)
-    fp64.
+    """Two uniform numbers in [0, 1), a function of (seed, stream, step): int64 (N,), (N,) → (N, 2) fp64.
 
-    Each argument is folded in through the 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    Each argument is folded in with the 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014).
     """
-    state = torch.full_like(streams, _signed(seed * 0x9E3779B97F4A7C15))
+    state = torch.full_like(streams, _signed(seed * _GAMMA))
     for counter in (streams, steps):
-        state = _mix(state) + (counter + 1) * _signed(0x9E3779B97F4A7C15)
+        state = _mix(state) + (counter + 1) * _signed(_GAMMA)
     first = _mix(state)
-    both = torch.stack((first, _mix(first + _signed(0x9E3779B97F4A7C15))), dim=-1)
+    both = torch.stack((first, _mix(first + _signed(_GAMMA))), dim=-1)
     return _shift(both, 11).double() * 2.0**-53
 
 

@@ -1,7 +1,7 @@
-"""Prompts, responses and pairs, from JSONL or Parquet, with their checks.
+"""Prompts, responses and pairs, read from JSONL or Parquet and checked.
 
-A row is taken in the first of these forms that it has (only the first user turn and the first assistant turn
-are used; a system turn before them is kept):
+A row has one of these forms; the first that fits is used. Of a conversation, only a system turn, the first
+user turn and the assistant turn after it are used.
 
     the columns named by data.prompt_column and data.response_column, two texts
     real, generated    two lists of messages, as in the released SPIN data
@@ -20,17 +20,18 @@ from pathlib import Path
 
 from model.tokenizer import Message, Tokenizer
 from spin.config import Data
+from spin.engine.files import read_jsonl
 from spin.packing import Item
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its real response, and an opponent's where there is one."""
+    """A prompt with its real response, and in a pair the opponent's."""
 
-    prompt: tuple[Message, ...]  # an optional system turn and the user's
+    prompt: tuple[Message, ...]  # the user's turn, after an optional system turn
     real: str
     generated: str | None = None
-    where: str = ""  # "file:line", for messages
+    where: str = ""  # "file:line", for error messages
 
     @property
     def question(self) -> str:
@@ -46,109 +47,87 @@ class Example:
         return {"real": turn(self.real), "generated": turn(self.generated)}
 
 
-def load_examples(path: str, data: Data, counts: Counter, need_generated: bool = False) -> list[Example]:
-    """All examples of `path`: a file, a directory of .jsonl or .parquet files, or a pattern, in the order of
-    names.
+def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -> list[Example]:
+    """All examples of a file, a directory of .jsonl or .parquet files, or a pattern, in the order of names.
 
-    With data.empty = "drop", examples with an empty prompt or response are left out and counted in `counts`.
-    Raises FileNotFoundError, or ValueError with file and line for a row that is not as this module's head
-    says.
+    With `pairs`, rows must have the released form. Without, a generated response is not read. Examples with
+    an empty text are dropped and counted in `counts` where data.empty is "drop". Raises FileNotFoundError,
+    or ValueError with file and line.
     """
     examples = []
     for where, row in read_rows(path):
-        example = parse_row(row, data, where, need_generated)
-        try:
-            "".join(
-                [*(turn["content"] for turn in example.prompt), example.real, example.generated or ""]
-            ).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in a text"
-            ) from None
-        blank = _blank(example)
-        if not blank:
+        example = parse_row(row, data, where, pairs)
+        texts = {"prompt": example.question, "response": example.real, '"generated"': example.generated}
+        empty = [name for name, text in texts.items() if text is not None and not text.strip()]
+        if not empty:
             examples.append(example)
         elif data.empty == "drop":
-            counts[f"examples dropped for an empty {blank}"] += 1
+            counts[f"examples dropped for an empty {empty[0]}"] += 1
         else:
-            raise ValueError(
-                f"{where}: empty {blank}; mend it, or leave such examples out with --data.empty=drop"
-            )
+            raise ValueError(f"{where}: empty {empty[0]}; correct it, or drop such rows: --data.empty=drop")
     if not examples:
-        raise ValueError(f"{path}: no examples in it")
+        raise ValueError(f"{path}: no examples")
     return examples
 
 
 def load_generated(directory: Path, data: Data) -> list[Example]:
-    """The pairs that this code's opponent left in `directory`; its empty responses are its own, and stay."""
-    return [parse_row(row, data, where, need_generated=True) for where, row in read_rows(str(directory))]
+    """The pairs of a generate stage, among which the opponent's responses may be empty."""
+    return [parse_row(row, data, where, pairs=True) for where, row in read_rows(str(directory))]
 
 
-def parse_row(row: dict, data: Data, where: str, need_generated: bool = False) -> Example:
-    """One row as an Example. Raises ValueError, naming `where`, for a row in none of the known forms."""
-    prompt: tuple[Message, ...]
+def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example:
+    """One row as an Example. Raises ValueError, naming `where`, for a row of no known form."""
     generated = None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")
-    if bool(data.prompt_column) != bool(data.response_column):
-        raise ValueError("data.prompt_column and data.response_column go together: set both or none")
-    if data.prompt_column and not need_generated:
-        prompt = ({"role": "user", "content": _text(row, data.prompt_column, where)},)
-        real = _text(row, data.response_column, where)
+    if pairs and not {"real", "generated"} <= row.keys():
+        raise ValueError(f'{where}: pairs need the columns "real" and "generated", found {_columns(row)}')
+    if data.prompt_column and not pairs:
+        prompt, real = _texts(row, data.prompt_column, data.response_column, where)
     elif "real" in row and "generated" in row:
         prompt, real = _first_turns(row["real"], f'{where}: "real"')
-        other, generated = _first_turns(row["generated"], f'{where}: "generated"')
-        if other != prompt:
-            raise ValueError(f'{where}: "real" and "generated" answer different prompts')
-    elif need_generated:
-        raise ValueError(f'{where}: pairs need the columns "real" and "generated", found {_columns(row)}')
+        if pairs:
+            other, generated = _first_turns(row["generated"], f'{where}: "generated"')
+            if other != prompt:
+                raise ValueError(f'{where}: "real" and "generated" answer different prompts')
     elif "messages" in row:
         prompt, real = _first_turns(row["messages"], f'{where}: "messages"')
     elif "prompt" in row and "response" in row:
-        prompt = ({"role": "user", "content": _text(row, "prompt", where)},)
-        real = _text(row, "response", where)
+        prompt, real = _texts(row, "prompt", "response", where)
     else:
         raise ValueError(
             f'{where}: found the columns {_columns(row)}, none of the known forms ("messages"; "real" and '
-            '"generated"; '
-            '"prompt" and "response"); name two with data.prompt_column and data.response_column'
+            '"generated"; "prompt" and "response"); set data.prompt_column and data.response_column'
         )
     if data.empty_system and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": ""}, *prompt)
+    try:
+        "".join([*(turn["content"] for turn in prompt), real, generated or ""]).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff)") from None
     return Example(prompt, real, generated, where)
 
 
 def real_only(examples: Iterable[Example]) -> list[Example]:
-    """The examples without an opponent's responses, for SFT and for scoring right answers."""
+    """The examples without the opponent's responses, for SFT."""
     return [replace(example, generated=None) for example in examples]
 
 
-def _blank(example: Example) -> str | None:
-    """Which text of the example has nothing to read, if any."""
-    texts = {"prompt": example.question, "response": example.real, '"generated"': example.generated}
-    return next((what for what, text in texts.items() if text is not None and not text.strip()), None)
-
-
 def choose(examples: list[Example], data: Data) -> list[Example]:
-    """The seeded sample of data.num_prompts, in an order of its own; all of them, in file order, when 0."""
-    if not data.num_prompts:
-        return examples
+    """A seeded sample of data.num_prompts examples; all of them, in file order, if that is 0."""
     if data.num_prompts > len(examples):
         raise ValueError(
             f"data.num_prompts = {data.num_prompts}, but {data.path} has {len(examples)} examples"
         )
-    return random.Random(data.seed).sample(examples, data.num_prompts)
+    return random.Random(data.seed).sample(examples, data.num_prompts) if data.num_prompts else examples
 
 
 def tokenize(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
 ) -> list[Item]:
-    """Ids of each example: its prompt, and as responses the real one and, where there is one, the generated
-    one.
+    """Ids of each example: its prompt, its real response and, in a pair, the generated one.
 
-    As in the official code: when the prompt and the longer response exceed max_length, the prompt keeps its
-    last max_prompt_length tokens; if that is not enough, responses are cut at max_length - max_prompt_length
-    tokens (and lose their end-of-sequence). Each cut is counted in `counts`.
+    As in the official code: where the prompt and the longer response exceed max_length, the prompt keeps its
+    last max_prompt_length tokens; if that is not enough, responses are truncated to max_length -
+    max_prompt_length tokens and lose their EOS. `counts` counts both.
     """
     items = []
     for example in examples:
@@ -159,9 +138,8 @@ def tokenize(
         responses = [tokenizer.encode_response(text) for text in texts]
         longest = max(map(len, responses))
         if len(prompt) + longest > data.max_length:
-            if len(prompt) > data.max_prompt_length:
-                prompt = prompt[-data.max_prompt_length :]
-                counts["prompts cut at the left"] += 1
+            counts["prompts cut at the left"] += len(prompt) > data.max_prompt_length
+            prompt = prompt[-data.max_prompt_length :]
             if len(prompt) + longest > data.max_length:
                 most = data.max_length - data.max_prompt_length
                 counts["responses cut"] += sum(len(response) > most for response in responses)
@@ -172,92 +150,84 @@ def tokenize(
 
 def encode_prompts(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
-):
-    """Ids of the prompts alone, each keeping its last max_prompt_length tokens: what the sampler reads."""
+) -> list[list[int]]:
+    """Ids of the prompts alone, each truncated to its last max_prompt_length tokens, for the sampler."""
     prompts = [tokenizer.encode_prompt(example.prompt, template) for example in examples]
     counts["prompts cut at the left"] += sum(len(prompt) > data.max_prompt_length for prompt in prompts)
     return [prompt[-data.max_prompt_length :] for prompt in prompts]
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A SHA-256 of the texts, to tell whether data has changed."""
+    """SHA-256 of the texts, to detect changed data."""
     text = json.dumps([[example.prompt, example.real, example.generated] for example in examples])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def data_files(path: str) -> list[Path]:
-    """The files that a data path means. Raises FileNotFoundError if none."""
+    """The files that a data path stands for. Raises FileNotFoundError if there are none."""
     if Path(path).is_dir():
-        files = [f for f in Path(path).iterdir() if f.suffix in (".jsonl", ".parquet")]
+        files = [file for file in Path(path).iterdir() if file.suffix in (".jsonl", ".parquet")]
     elif Path(path).is_file():
         files = [Path(path)]
     else:
-        files = [Path(f) for f in glob.glob(path, recursive=True)]
+        files = [Path(file) for file in glob.glob(path, recursive=True)]
     if not files:
-        raise FileNotFoundError(
-            f"{path}: no such file, no directory with .jsonl or .parquet in it, and no pattern's match"
-        )
+        raise FileNotFoundError(f"{path}: no such file, directory with .jsonl or .parquet files, or pattern")
     return sorted(files)
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) of every row of the path's files."""
     for file in data_files(path):
         if file.suffix == ".parquet":
             yield from _parquet_rows(file)
         elif file.suffix == ".jsonl":
-            with open(file, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        yield f"{file}:{number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{file}:{number}: not JSON ({error})") from None
+            yield from read_jsonl(file)
         else:
-            raise ValueError(f"{file}: data is read from .jsonl or .parquet")
+            raise ValueError(f"{file}: not a .jsonl or .parquet file")
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    try:
-        batches = parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a Parquet file ({error})") from None
     number = 0
-    for batch in batches.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file}:{number}", row
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
 
 
 def _first_turns(messages, where: str) -> tuple[tuple[Message, ...], str]:
-    """(system turn if any, first user turn), and the text of the first assistant turn after it."""
+    """(system turn if any, first user turn), and the text of the assistant turn that follows."""
     if not isinstance(messages, list):
         raise ValueError(f"{where} must be a list of messages")
-    system, user = [], None
+    turns: list[Message] = []
+    expected: tuple[str, ...] = ("system", "user")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{where} has a message without role or content: {message!r:.120}")
-        turn = {"role": message.get("role"), "content": message["content"]}
-        if turn["role"] == "system" and user is None:
-            system = [turn]
-        elif turn["role"] == "user" and user is None:
-            user = turn
-        elif turn["role"] == "assistant" and user is not None:
-            return (*system, user), turn["content"]
-        elif turn["role"] not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"{where} has a message with the role {turn['role']!r}; known: system, user, assistant"
-            )
-    raise ValueError(f"{where} has no {'assistant turn after the user' if user else 'user turn'}")
+        role = message.get("role")
+        if role not in expected:
+            raise ValueError(f"{where} has a turn of {role!r} where one of {' or '.join(expected)} is needed")
+        if role == "assistant":
+            return tuple(turns), message["content"]
+        turns.append({"role": role, "content": message["content"]})
+        expected = ("user",) if role == "system" else ("assistant",)
+    raise ValueError(f"{where} has no {expected[-1]} turn")
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    if column not in row:
-        raise ValueError(f"{where}: no column {column!r}, found {_columns(row)}")
-    if not isinstance(row[column], str):
-        raise ValueError(f"{where}: {column!r} must be a text, not {type(row[column]).__name__}")
-    return row[column]
+def _texts(row: dict, prompt: str, response: str, where: str) -> tuple[tuple[Message, ...], str]:
+    """The user's turn and the response, from two columns."""
+    for column in (prompt, response):
+        if column not in row:
+            raise ValueError(f"{where}: no column {column!r}, found {_columns(row)}")
+        if not isinstance(row[column], str):
+            raise ValueError(f"{where}: {column!r} must be a text, not {type(row[column]).__name__}")
+    return ({"role": "user", "content": row[prompt]},), row[response]
 
 
 def _columns(row: dict) -> str:

@@ -1,6 +1,6 @@
-"""The SPIN losses (arXiv 2401.01335, section 4) as pure functions of log-probabilities, and a step's metrics.
+"""The SPIN losses (arXiv 2401.01335, section 4) as functions of log-probs; a step's loss and metrics.
 
-B pairs; log-probabilities are summed over a response and in nats.
+B pairs. Log-probs are in nats and summed over a response.
 """
 
 import torch
@@ -24,9 +24,9 @@ def spin_loss(
     beta: float,
     kind: str = "logistic",
 ) -> Tensor:
-    """Loss of each pair (B,): ℓ(β·margin). All log-probabilities are summed over the response, in nats.
+    """Loss of each pair (B,): ℓ(β·margin); β is the paper's λ.
 
-    margin = log(p_θ(y|x) / p_θt(y|x)) − log(p_θ(y'|x) / p_θt(y'|x));  β is the paper's λ.
+    margin = log(p_θ(y|x) / p_θt(y|x)) − log(p_θ(y'|x) / p_θt(y'|x))
     """
     if kind not in LOSSES:
         raise ValueError(f"kind = {kind!r} is not one of {', '.join(LOSSES)}")
@@ -37,38 +37,38 @@ def spin_loss(
 def margins(
     policy_real: Tensor, policy_generated: Tensor, opponent_real: Tensor, opponent_generated: Tensor
 ) -> Tensor:
-    """How much more the policy tells real from generated than the opponent does (B,), in nats."""
+    """How much more the policy prefers real to generated than the opponent does: (B,), in nats."""
     return (policy_real - opponent_real) - (policy_generated - opponent_generated)
 
 
 def initial_loss(kind: str) -> float:
-    """ℓ(0): what every iteration starts from, since policy and opponent are then the same model."""
+    """ℓ(0): the loss of an iteration's first step, where policy and opponent are the same model."""
     return float(LOSSES[kind](torch.zeros(())))
 
 
-# What spin_step returns, as means over a step's pairs. drift: how far policy and opponent are apart.
+# What spin_step returns, as means over a step's pairs; drift is |log p_θ − log p_θt|, of both responses.
 METRICS = tuple("loss accuracy margin reward_real reward_generated logps_real logps_generated drift".split())
 
 
 def spin_step(
-    logps: Tensor,  # (2 B,) the policy's, of the real and the generated response of each pair alternately
+    logps: Tensor,  # (2 B,) the policy's, of each pair's real and generated response in turn
     opponent: Tensor,  # (B, 2) the opponent's, of the same
-    identical: Tensor,  # (B,) bool: the two responses are one text
+    identical: Tensor,  # (B,) bool: both responses are the same text
     pairs: int,
     beta: float,
     kind: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss of a micro-batch as its share of a step of `pairs` pairs, and the shares of METRICS."""
+    """A micro-batch's share of the loss of a step of `pairs` pairs, and its shares of METRICS."""
     real, generated = logps.view(-1, 2).unbind(-1)  # (B,)
     opponent_real, opponent_generated = opponent.unbind(-1)
-    # One text has one log-probability, even if it was rounded differently in two places: its gradient is 0.
+    # The same text has one log-prob, even if rounding differs between its two places: its gradient is 0.
     generated = torch.where(identical, real, generated)
     opponent_generated = torch.where(identical, opponent_real, opponent_generated)
     loss = spin_loss(real, generated, opponent_real, opponent_generated, beta, kind).sum() / pairs
     with torch.no_grad():
         margin = margins(real, generated, opponent_real, opponent_generated)
         metrics = (
-            (margin > 0).float(),  # accuracy: the policy tells the two apart better than the opponent
+            (margin > 0).float(),  # accuracy
             margin,
             beta * (real - opponent_real),
             beta * (generated - opponent_generated),
@@ -77,3 +77,9 @@ def spin_step(
             (real - opponent_real).abs() + (generated - opponent_generated).abs(),
         )
         return loss, [loss, *(metric.sum() / pairs for metric in metrics)]
+
+
+def sft_step(logps: Tensor, tokens: int) -> tuple[Tensor, list[Tensor]]:
+    """A micro-batch's share of the loss of a step of `tokens` response tokens, and of METRICS."""
+    loss = -logps.sum() / tokens
+    return loss, [loss]

@@ -1,81 +1,62 @@
-"""Prompts with their responses → one packed stream of tokens, and the log-probabilities of its responses.
+"""Prompts with their responses, packed into one stream of tokens; the log-probs of the responses.
 
 The prompt stands once, its responses after it: [x][y][y']. Every response sees the prompt and itself
-(arXiv 2410.20305 calls this prefix sharing). Not only pairs: SFT packs one response, a multiple-choice
-question packs its choices.
+(arXiv 2410.20305 calls this prefix sharing). SFT packs one response; multiple-choice questions pack choices.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.attention import Segments, moved
+from model.attention import Segments, to_device
 from model.config import ModelConfig
 from model.mistral import Mistral
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and its responses as ids, each of at least one; a response ends with end-of-sequence unless it
-    was cut.
-    """
+    """Ids of a prompt and of its responses, none empty. A response ends with EOS unless it was cut."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
-    where: str = ""  # the file and line that it comes from, for messages
+    where: str = ""  # "file:line", for error messages
 
     @property
     def packed_length(self) -> int:
-        """Tokens that this item takes in a stream."""
+        """Tokens of this item in a stream: a response's last token is predicted and predicts nothing."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
 
 
 @dataclass
 class Packed:
-    """A stream of T tokens in which R response tokens of C responses are predicted."""
+    """A stream of T tokens in which the R tokens of C responses are predicted. All tensors are int64."""
 
-    tokens: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64, each response's positions following its prompt's
+    tokens: Tensor  # (T,)
+    positions: Tensor  # (T,) a response's positions follow its prompt's
     segments: Segments
     at: Tensor  # (R,) rows that predict
     targets: Tensor  # (R,) the ids to predict
-    lengths: Tensor  # (C,) how many of the R belong to each response, in turn
+    lengths: Tensor  # (C,) tokens of each response; they sum to R
 
     def to(self, device) -> "Packed":
-        names = ("tokens", "positions", "at", "targets", "lengths")
-        return Packed(
-            segments=self.segments.to(device), **{name: moved(getattr(self, name), device) for name in names}
-        )
+        tensors = (self.tokens, self.positions, self.at, self.targets, self.lengths)
+        tokens, positions, at, targets, lengths = (to_device(tensor, device) for tensor in tensors)
+        return Packed(tokens, positions, self.segments.to(device), at, targets, lengths)
 
 
 def pack(items: Sequence[Item]) -> Packed:
-    """Lay items one after the other. No items give a stream of one token in which nothing is predicted.
-
-    A response's last token is predicted and predicts nothing, so it is not in the stream: an item of prompt x
-    and responses y, y' takes len(x) + len(y) - 1 + len(y') - 1 tokens.
-    """
-    if not items:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Packed(
-            torch.zeros(1, dtype=torch.int64),
-            torch.zeros(1, dtype=torch.int64),
-            Segments.causal([1]),
-            empty,
-            empty,
-            empty,
-        )
+    """Lay items one after the other. No items give a stream of one token in which nothing is predicted."""
     tokens: list[int] = []
     positions: list[int] = []
+    key_index: list[int] = []  # rows of the stream that the segments attend to
     q_lengths: list[int] = []
     k_lengths: list[int] = []
-    key_index: list[int] = []
     at: list[int] = []
-    targets: list[int] = []
-    lengths: list[int] = []
     for item in items:
         start, prompt = len(tokens), len(item.prompt)
         tokens += item.prompt
@@ -85,54 +66,50 @@ def pack(items: Sequence[Item]) -> Packed:
             tokens += response[:-1]
             positions += range(prompt, prompt + length)
             at += [start + prompt - 1, *range(first, first + length)]
-            targets += response
-            lengths.append(len(response))
-            # the first response shares the prompt's segment; one of a single token has none
+            # The first response shares its prompt's segment; a later one of a single token has none.
             if i == 0 or length:
                 q_lengths.append(prompt + length if i == 0 else length)
                 k_lengths.append(prompt + length)
                 key_index += [*range(start, start + prompt), *range(first, first + length)]
-    segments = Segments([0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)], torch.tensor(key_index))
-
-    def as_tensor(values):
-        return torch.tensor(values, dtype=torch.int64)
-
+    responses = [response for item in items for response in item.responses]
+    if not items:
+        tokens, positions, q_lengths, k_lengths, key_index = [0], [0], [1], [1], [0]
+    q_offsets, k_offsets = ([0, *accumulate(lengths)] for lengths in (q_lengths, k_lengths))
     return Packed(
-        as_tensor(tokens),
-        as_tensor(positions),
-        segments,
-        as_tensor(at),
-        as_tensor(targets),
-        as_tensor(lengths),
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        Segments(q_offsets, k_offsets, torch.tensor(key_index)),
+        torch.tensor(at, dtype=torch.int64),
+        torch.tensor([token for response in responses for token in response], dtype=torch.int64),
+        torch.tensor([len(response) for response in responses], dtype=torch.int64),
     )
 
 
 def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
-    """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens, end-of-sequence
-    included.
+    """log p(response | prompt) of every response (C,), fp32, in nats, summed over its tokens with EOS.
 
     Differentiable, and summed in a fixed order. `chunk` rows of logits exist at a time. A stream without
-    responses gives an empty tensor that is still connected to every parameter, so that its backward pass
-    takes part in the collectives.
+    responses gives an empty tensor that still depends on every parameter, so that its backward pass takes
+    part in the collectives.
     """
-    token_logps = model(
-        packed.tokens, packed.positions, packed.segments, at=packed.at, targets=packed.targets, chunk=chunk
-    )  # (R,)
-    if not len(packed.lengths):
+    p = packed
+    token_logps = model(p.tokens, p.positions, p.segments, at=p.at, targets=p.targets, chunk=chunk)  # (R,)
+    if not len(p.lengths):
         return token_logps
     # Without unsafe, the lengths are read back and checked, which stalls a GPU.
-    return torch.segment_reduce(token_logps, "sum", lengths=packed.lengths, unsafe=True)
+    return torch.segment_reduce(token_logps, "sum", lengths=p.lengths, unsafe=True)
 
 
 def identical_pairs(items: Sequence[Item]) -> Tensor:
-    """Which pairs have one text as both responses (B,) bool."""
+    """Which pairs have the same text as both responses: (B,) bool."""
     return torch.tensor([item.responses[0] == item.responses[1] for item in items], dtype=torch.bool)
 
 
 def flops(architecture: ModelConfig, item: Item) -> int:
-    """Floating-point operations that a forward pass over an item needs, two for a multiply-add: the matrices
-    for each token, attention for what each token sees, the head where something is predicted. A backward pass
-    needs twice as many.
+    """Floating-point operations of a forward pass over an item, two for a multiply-add.
+
+    Counts the matrices for each token, attention for the keys that each token sees, and the head where
+    something is predicted. A backward pass needs twice as many.
     """
     c, prompt = architecture, len(item.prompt)
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -145,23 +122,19 @@ def flops(architecture: ModelConfig, item: Item) -> int:
 
 
 def _seen(first: int, last: int, window: int | None) -> int:
-    """Keys that the tokens at positions first .. last - 1 see, all together: position i sees min(i + 1,
-    window).
-    """
-    full = last if window is None else min(last, max(first, window))  # those that see all before them
+    """Keys seen by the tokens at positions first to last - 1 in total: position i sees min(i + 1, window)."""
+    full = last if window is None else min(last, max(first, window))  # up to here, all keys are seen
     return (full * (full + 1) - first * (first + 1)) // 2 + (last - full) * (window or 0)
 
 
 def micro_batches(
     lengths: Sequence[int], costs: Sequence[float], world_size: int, token_budget: int
 ) -> list[list[list[int]]]:
-    """Split a step's items over ranks by cost, then each rank's into micro-batches of at most `token_budget`
-    tokens.
+    """Split items over ranks by cost, then each rank's into micro-batches of at most `token_budget` tokens.
 
     Returns, for each rank, its micro-batches as lists of places in `lengths`: every place once, the same
-    number of micro-batches on every rank (collectives pair up), some empty where there is too little to do.
-    An item longer than the budget gets a micro-batch of its own. A fixed function of its arguments, so ranks
-    agree without talking.
+    number of micro-batches on every rank (collectives pair up), so some may be empty. An item longer than
+    the budget gets a micro-batch of its own. Deterministic, so ranks agree without communication.
     """
     shares: list[list[int]] = [[] for _ in range(world_size)]
     load = [0.0] * world_size
@@ -174,11 +147,10 @@ def micro_batches(
         batches: list[list[int]] = []
         room: list[int] = []
         for i in sorted(share, key=lambda i: (-lengths[i], i)):  # first fit, the longest first
-            place = next((b for b, left in enumerate(room) if lengths[i] <= left), None)
-            if place is None:
+            place = next((b for b, left in enumerate(room) if lengths[i] <= left), len(batches))
+            if place == len(batches):
                 batches.append([])
                 room.append(token_budget)
-                place = len(batches) - 1
             batches[place].append(i)
             room[place] -= lengths[i]
         result.append(batches)
@@ -186,11 +158,42 @@ def micro_batches(
     return [batches + [[]] * (most - len(batches)) for batches in result]
 
 
-def prefetched(values: Iterator) -> Generator:
-    """The same values; while one is in use, the next is made in a thread."""
+class MicroBatch(NamedTuple):
+    """The items of one forward pass on this rank, as places in the list of all items."""
+
+    items: list[int]
+    step: Sequence[int] = ()  # the items of the whole step, over all micro-batches and ranks
+    last: bool = False  # whether it is this rank's last one of the step
+
+
+def planned(
+    steps: Iterable[Sequence[int]],
+    items: Sequence[Item],
+    architecture: ModelConfig,
+    token_budget: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of each step, a step being places in `items`."""
+    for step in steps:
+        lengths = [items[i].packed_length for i in step]
+        costs = [flops(architecture, items[i]) for i in step]
+        batches = micro_batches(lengths, costs, world_size, token_budget)[rank]
+        for number, places in enumerate(batches, 1):
+            yield MicroBatch([step[place] for place in places], step, number == len(batches))
+
+
+def packed_batches(
+    plan: Iterable[MicroBatch], pack_items: Callable[[list[int]], Packed], device
+) -> Generator[tuple[MicroBatch, Packed]]:
+    """Each micro-batch with its stream on the device; a thread packs the next one in the meantime.
+
+    Training, held-out pairs, scoring and evaluation all read their items through this generator. Close it
+    (contextlib.closing) to end the thread.
+    """
+    batches = ((batch, pack_items(batch.items).to(device)) for batch in plan)
     with ThreadPoolExecutor(1) as thread:
-        end = object()
-        coming = thread.submit(next, values, end)
-        while (value := coming.result()) is not end:
-            coming = thread.submit(next, values, end)
+        coming = thread.submit(next, batches, None)
+        while value := coming.result():
+            coming = thread.submit(next, batches, None)
             yield value

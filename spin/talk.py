@@ -1,38 +1,41 @@
-"""Talking to models: a question, and what each of them answers, as it comes or side by side."""
+"""Ask models questions: one model's answer as it is sampled, or the answers of several side by side."""
 
+import os
+import shutil
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from model.mistral import Mistral
 from model.sampler import generate_tokens
 from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config
 from spin.engine.distributed import this_device
+from spin.engine.prepare import open_model
+from spin.engine.recipe import Recipe
 
-NARROWEST = 24  # characters; in columns narrower than this, answers stand one below the other
+NARROWEST = 24  # characters; narrower columns are replaced by answers one below the other
 
 
 class Speaker:
-    """A model that answers questions under the recipe's training template."""
+    """A model that answers questions in the recipe's training format."""
 
     def __init__(self, name: str, path: Path, config: Config):
         self.name, self.config = name, config
         self.tokenizer = Tokenizer(path)
         dtype = getattr(torch, config.generate.dtype)
-        self.model: Mistral = load_model(path, dtype, this_device(), config.model.attention)
+        self.model = load_model(path, dtype, this_device(), config.model.attention)
 
     def answer(self, question: str) -> Iterator[str]:
-        """The answer's text, piece by piece. Each question stands alone, as in the training data."""
-        settings = self.config.generate
-        prompt = self.tokenizer.encode_prompt(
-            [{"role": "user", "content": question}], self.config.train.template
-        )
-        if not prompt:
-            raise ValueError(f"the prompt has no token under the template {self.config.train.template}")
+        """The answer's text in pieces. Questions are independent of each other, as in the training data."""
+        settings, template = self.config.generate, self.config.train.template
+        prompt = self.tokenizer.encode_prompt([{"role": "user", "content": question}], template)
+        most = self.model.config.max_position_embeddings - settings.max_new_tokens
+        if not 0 < len(prompt) <= most:
+            raise ValueError(f"the question has {len(prompt)} tokens; {self.name} takes 1 to {most}")
         tokens = generate_tokens(
             self.model,
             [prompt],
@@ -45,23 +48,86 @@ class Speaker:
             slots=1,
             vocab_limit=self.tokenizer.vocab_size,
         )
-        ended = False
+        last = -1
 
         def ids() -> Iterator[int]:
-            nonlocal ended
+            nonlocal last
             for token in tokens:
-                ended = token.id == self.tokenizer.eos_id
+                last = token.id
                 yield token.id
 
         yield from self.tokenizer.stream(ids())
-        if not ended:
+        if last != self.tokenizer.eos_id:
             yield f" [cut at {settings.max_new_tokens} tokens]"
 
 
+def models(
+    recipe: Recipe, iterations: Sequence[int], paths: Sequence[Path]
+) -> list[tuple[str, Path, Config]]:
+    """Name, directory and settings of each model. Raises ValueError or OSError if one can't be loaded."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--prompt and --interactive run in one process; use python, not torchrun")
+    found = [(path.name, path, recipe.at(0)) for path in paths]
+    if len({name for name, *_ in found}) < len(found):
+        found = [(str(path), path, config) for _, path, config in found]
+    for n in iterations:
+        config = recipe.at(n)
+        found.append(("base" if n < 0 else f"iteration {n}", config.model_dir(n), config))
+    for name, path, config in found:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such model" + f"; train.py makes {name}" * bool(iterations))
+        open_model(path, config, (config.generate,))
+    return found
+
+
+def ask_once(found: Sequence[tuple[str, Path, Config]], question: str) -> None:
+    """Answer one question, with one model in memory at a time."""
+    if not question.strip():
+        raise ValueError("--prompt is empty")
+    _respond((Speaker(*model) for model in found), len(found), question)
+
+
+def interact(found: Sequence[tuple[str, Path, Config]]) -> None:
+    """Answer each line of standard input."""
+    speakers = [Speaker(*model) for model in found]
+    prompt = ""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing and history for input()
+
+        prompt = "> "
+        sys.stdout.write("One question per line; Ctrl-D ends.\n")
+    while True:
+        try:
+            line = input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            continue
+        if not prompt:
+            sys.stdout.write(f"> {line}\n")  # shows which answer belongs to which question
+        try:
+            _respond(speakers, len(speakers), line)
+        except ValueError as error:
+            sys.stdout.write(f"error: {error}\n")
+
+
+def _respond(speakers: Iterable[Speaker], count: int, question: str) -> None:
+    """Print one model's answer as it comes, those of several side by side, as wide as the terminal."""
+    answers = {}
+    for speaker in speakers:
+        if count == 1:
+            for piece in speaker.answer(question):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            return
+        answers[speaker.name] = "".join(speaker.answer(question))
+        del speaker  # frees its model before the next one is loaded
+    sys.stdout.write(side_by_side(answers, shutil.get_terminal_size().columns) + "\n")
+
+
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Texts in columns under their names, in lines of at most `width` characters; one below the other if that
-    is tight.
-    """
+    """Texts in columns under their names, or one below the other if `width` characters are too few."""
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if column < NARROWEST:
         return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in texts.items())

@@ -1,15 +1,14 @@
-"""Published configurations: what they ask for is what is built; what would be computed wrongly is refused by
-field.
-"""
+"""Published configurations give transformers' model; fields that would be computed wrongly are refused."""
 
 import json
 
 import pytest
 import torch
 
+from model.attention import Segments
 from model.config import ModelConfig
 from model.mistral import Mistral
-from tests.helpers import small_config
+from tests.helpers import small_config, small_model
 
 # config.json as the Hub has it, and the number of parameters as the model's page states it.
 COMMON = {
@@ -207,14 +206,18 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
         ("rms_norm_eps", -1.0),
         ("vocab_size", -5),
         ("hidden_size", 10**30),
+        ("vocab_size", 2**31),
+        ("num_hidden_layers", 2_000_000_000),
         ("num_attention_heads", 0),
         ("model_type", []),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
         ("num_experts", 8),
-        ("layer_types", ["full_attention", "sliding_attention"]),
-        ("max_window_layers", 2),
+        ("layer_types", ["full_attention", "full_attention", "sliding_attention"]),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("layer_types", ["full_attention"] * 2),
+        ("layer_types", ["linear_attention"] * 3),
         ("use_sliding_window", True),
         ("no_rope_layers", [1, 0]),
         ("qk_norm", True),
@@ -238,6 +241,53 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
 def test_an_architecture_that_would_be_computed_wrongly_is_refused_by_field(field, value):
     with pytest.raises(ValueError, match=f"config.json: .*{field}"):
         ModelConfig.from_dict(small_config().to_dict("float32") | {field: value})
+
+
+FULL, SLIDING = {"layer_types": ["full_attention"] * 3}, {"layer_types": ["sliding_attention"] * 3}
+
+
+@pytest.mark.parametrize(
+    "window, more",
+    [
+        (None, FULL),
+        (None, {"use_sliding_window": False, "max_window_layers": 28}),
+        (5, SLIDING),
+        (5, {"use_sliding_window": True, "max_window_layers": 0}),
+    ],
+)
+def test_windows_stated_in_other_fields_are_read_if_they_agree_and_transformers_computes_the_same(
+    window, more
+):
+    import transformers
+
+    model = small_model(sliding_window=window)
+    values = model.config.to_dict("float32") | more
+    assert ModelConfig.from_dict(values) == model.config
+    values.pop("architectures")
+    config = transformers.MistralConfig(**values)
+    config._attn_implementation = "eager"
+    theirs = transformers.MistralForCausalLM(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    ids = torch.arange(3, 23)
+    with torch.no_grad():
+        ours = model(ids, torch.arange(20), Segments.causal([20]))
+        torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more", [FULL, {"use_sliding_window": False}, {"max_window_layers": 2}, {"layer_types": ["a"]}]
+)
+def test_fields_that_contradict_the_window_are_refused(more):
+    values = small_config(sliding_window=5).to_dict("float32") | more
+    with pytest.raises(ValueError, match=f"config.json: {next(iter(more))} = .* with sliding_window = 5"):
+        ModelConfig.from_dict(values)
+
+
+def test_llama_has_no_window_whatever_its_other_fields_say():
+    values = small_config(model_type="llama").to_dict("float32") | {"sliding_window": 4096}
+    assert ModelConfig.from_dict(values | FULL | {"max_window_layers": 2}).sliding_window is None
+    with pytest.raises(ValueError, match="config.json: layer_types"):
+        ModelConfig.from_dict(values | SLIDING)
 
 
 def test_rotary_settings_in_two_places_are_refused():
@@ -298,9 +348,12 @@ def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="config.json: no such file.*tokenizer.model.*safetensors"):
         ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ValueError, match="config.json: not JSON .*utf-8"):
+        ModelConfig.from_pretrained(tmp_path)
     for text, message in (
         ("{", "not JSON"),
-        ("[" * 9999, "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("1" * 5000, "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "no model_type"),

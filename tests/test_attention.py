@@ -1,9 +1,7 @@
-"""The attention backends: the plain twin against softmax written out; the FlashAttention kernels against the
-twin.
+"""The attention backends: sdpa (the twin) against softmax written out, FlashAttention's kernels against sdpa.
 
-Without a GPU the kernels cannot run, but what is asked of them can be checked: stand-ins that compute what
-the kernels' documentation says (offsets, alignment at the bottom right, windows, lengths in a cache) take
-their place.
+Without a GPU the kernels can't run, but their arguments can be checked: they are replaced by functions that
+compute what the kernels' documentation says (offsets, alignment at the bottom right, windows, cache lengths).
 """
 
 import random
@@ -15,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from model.attention import BACKENDS, Decoding, Segments, _unavailable, attend, attend_cached, choose_backend
+from model.attention import BACKENDS, Decoding, Segments, attend, attend_cached, choose_backend, unavailable
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
@@ -101,7 +99,7 @@ def test_attention_over_the_cache_is_the_last_row_of_causal_attention(window):
     torch.manual_seed(0)
     lengths = [1, 6, 9]
     k, v, q = torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 4, 8)
-    ours = attend_cached(q, k, v, Decoding.at(torch.tensor(lengths) - 1, max(lengths), 12), window)
+    ours = attend_cached(q, k, v, Decoding(torch.tensor(lengths) - 1, max(lengths), 12), window)
     for row, n in enumerate(lengths):
         full_q = torch.randn(n, 4, 8)
         full_q[-1] = q[row]
@@ -248,11 +246,9 @@ def test_what_is_asked_of_the_kernels_is_what_the_twin_computes(documented_kerne
 
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-flash"])
 def test_a_window_that_hides_nothing_is_not_asked_for(documented_kernels, backend):
-    """With a window, even one longer than the slot, FlashAttention reads a key head anew for each of its
-    query heads.
-    """
+    """With any window, FlashAttention reads a key head once for each of its query heads."""
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
-    attend_cached(q, k, v, Decoding.at(torch.tensor([1, 5, 11]), 12, slot_length=12), 12, backend)
+    attend_cached(q, k, v, Decoding(torch.tensor([1, 5, 11]), 12, slot_length=12), 12, backend)
     assert WINDOWS[-1] == (-1, -1)
 
 
@@ -264,7 +260,7 @@ def test_what_is_asked_of_the_kernels_while_decoding_is_what_the_twin_computes(
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 12, 2, 8), torch.randn(3, 12, 2, 8)
     for lengths, longest in (([1, 12, 7], 12), ([1, 4, 7], 7)):  # whole slots, and their beginnings
-        step = Decoding.at(torch.tensor(lengths) - 1, longest, slot_length=12)
+        step = Decoding(torch.tensor(lengths) - 1, longest, slot_length=12)
         ours, expected = (attend_cached(q, k, v, step, window, name) for name in (backend, "sdpa"))
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
         assert WINDOWS[-1] == (-1 if window is None else window - 1, -1 if window is None else 0)
@@ -334,7 +330,7 @@ def test_on_a_cpu_the_twin_is_chosen_and_the_log_says_so(caplog):
         ("flash", "cpu", torch.bfloat16, 128, "'flash' is not one of auto, flash-attn, torch-flash, sdpa"),
     ],
 )
-def test_a_backend_that_is_wanted_and_cannot_be_had_is_an_error(backend, device, dtype, size, message):
+def test_requesting_an_unavailable_backend_is_an_error(backend, device, dtype, size, message):
     with pytest.raises(ValueError, match=message):
         choose_backend(backend, device, dtype, size)
 
@@ -350,7 +346,7 @@ def pretended_gpu(monkeypatch):
     choose_backend.cache_clear()
 
 
-def test_on_a_gpu_the_first_backend_that_can_be_had_is_chosen(pretended_gpu):
+def test_on_a_gpu_the_first_available_backend_is_chosen(pretended_gpu):
     assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "torch-flash"
     assert choose_backend("auto", "cuda", torch.float32, 128) == "sdpa"
     assert choose_backend("auto", "cuda", torch.bfloat16, 512) == "sdpa"
@@ -361,7 +357,9 @@ def test_on_a_gpu_the_first_backend_that_can_be_had_is_chosen(pretended_gpu):
         choose_backend("torch-flash", "cuda", torch.bfloat16, 128)
 
 
-def test_a_flash_attn_that_does_not_load_is_passed_over_aloud_and_an_error_if_forced(pretended_gpu, caplog):
+def test_a_flash_attn_that_does_not_load_is_skipped_with_a_warning_and_an_error_if_requested(
+    pretended_gpu, caplog
+):
     pretended_gpu.setattr("importlib.util.find_spec", lambda name: object())
     pretended_gpu.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
     assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "torch-flash"
@@ -371,7 +369,7 @@ def test_a_flash_attn_that_does_not_load_is_passed_over_aloud_and_an_error_if_fo
 
 
 def available(backend, dtype, size) -> None:
-    reason = _unavailable(backend, GPU, dtype, size)
+    reason = unavailable(backend, GPU, dtype, size)
     if reason:
         pytest.skip(f"{backend}: {reason}")
 
@@ -410,7 +408,7 @@ def test_on_a_gpu_decoding_is_the_fp32_twin_within_rounding(backend):
         return torch.randn(*shape, 128, dtype=torch.bfloat16)
 
     positions = torch.tensor([1, 700, 64, 65, 333]) - 1
-    here, there = (Decoding.at(positions.to(device), 700, slot_length=900) for device in ("cpu", GPU))
+    here, there = (Decoding(positions.to(device), 700, slot_length=900) for device in ("cpu", GPU))
     for heads, kv_heads in ((4, 4), (8, 2), (8, 1)):
         for window in (None, 100):
             torch.manual_seed(0)

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from model.weights import save_model
-from spin.config import Train
-from spin.engine.checkpoint import Checkpoints, check_room, room_needed
+from spin.config import Model, Train
+from spin.engine.checkpoint import Checkpoints, bytes_to_write, check_room
 from spin.engine.distributed import ranks, sharded_model
 from spin.engine.files import file_digest
 from spin.engine.metrics import Log
 from spin.engine.optimizer import RMSprop
+from spin.engine.signals import Stopped
 from spin.opponent import score
-from spin.trainer import Stopped, train
-from tests.helpers import PART, ROOT, metrics, pairs, small_model
+from spin.trainer import train
+from tests.helpers import PART, ROOT, metrics, pairs, small_config, small_model
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(opponent, group, tmp_pat
     damage(tmp_path / "run/checkpoints/step-000006")
     (tmp_path / "run/checkpoints/step-000007.partial").mkdir()  # of a run killed while it wrote
     assert same(run(opponent, group, tmp_path / "run"), undisturbed)
-    assert "step-000006: damaged" in caplog.text and "going on from the one before it" in caplog.text
+    assert "step-000006: damaged" in caplog.text and "resuming from the one before it" in caplog.text
     assert steps(tmp_path / "run") == ["step-000005", "step-000006", "step-000006.damaged"]
     again = metrics(tmp_path / "run")
     assert [row["loss"] for row in again] == [row["loss"] for row in log]
@@ -194,10 +195,16 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, c
 
 def test_a_disk_without_room_is_refused(tmp_path):
     check_room(tmp_path / "not/there/yet", 10)
-    with pytest.raises(OSError, match="will take 1000000.000 GB, and the disk has .*; make room"):
+    with pytest.raises(OSError, match="need 1000000.000 GB, and the disk has .*; make room"):
         check_room(tmp_path / "not/there/yet", 10**15)
     (tmp_path / "checkpoints/step-000007").mkdir(parents=True)
-    assert [room_needed(tmp_path / "checkpoints", 10, keep) for keep in (1, 2)] == [10, 20]
+    architecture = small_config()
+    count = sum(weight.numel() for weight in small_model().parameters())
+    for keep, existing in ((1, 1), (2, 1)):  # RMSProp: 8 bytes per parameter, and 2 of the export
+        needed = bytes_to_write(tmp_path, architecture, Model(), Train(keep_checkpoints=keep))
+        assert needed == count * (8 * (keep + 1 - existing) + 2)
+    (tmp_path / "model").mkdir()
+    assert bytes_to_write(tmp_path, architecture, Model(), Train()) == 0
 
 
 @pytest.mark.slow
@@ -230,20 +237,20 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | threads
     )
     assert done.returncode == 1
-    error = "checkpoint could not be written .*File too large.*the ones before it are intact"
+    error = "checkpoint could not be written .*File too large.*Earlier ones are intact"
     assert re.search(error, done.stderr), done.stderr[-2000:]
     assert "step-000003" in steps(tmp_path / "full") and "step-000004" not in steps(tmp_path / "full")
     assert same(run(opponent, group, tmp_path / "full"), undisturbed)  # with room again, it goes on
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_of_the_last_step(opponent, group, tmp_path, number):
     undisturbed = run(opponent, group, tmp_path / "whole", checkpoint_every=100)
     inherited = signal.signal(number, before := lambda *_: None)  # a background job's tests ignore SIGINT
     write = Log.write
 
-    def write_and_stop(self, row):
-        write(self, row)
+    def write_and_stop(self, row, bar):
+        write(self, row, bar)
         if row["step"] == 3:
             for _ in range(2):  # torchrun and SLURM may each send one
                 signal.raise_signal(number)

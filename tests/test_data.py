@@ -1,5 +1,6 @@
 """Forms of data that users have, cuts as the official code makes them, and refusals by file and line."""
 
+import json
 from collections import Counter
 
 import pyarrow
@@ -15,8 +16,8 @@ SYSTEM = {"role": "system", "content": "be kind"}
 SHARED = ROOT.parent / "shared" / "data"
 
 
-def load(path, need_generated=False, **settings):
-    return load_examples(str(path), Data(**settings), Counter(), need_generated)
+def load(path, pairs=False, **settings):
+    return load_examples(str(path), Data(**settings), Counter(), pairs)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,8 @@ def load(path, need_generated=False, **settings):
     [
         ({"messages": [USER, ANSWER, {"role": "user", "content": "more"}, ANSWER | {"content": "no"}]}, {}),
         ({"messages": [USER, ANSWER], "prompt": "hi", "prompt_id": "7"}, {}),  # UltraChat200k's columns
-        ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": "hm"}]}, {}),
+        ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": ""}]}, {}),
+        ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": "hm"}]}, {"pairs": True}),
         ({"prompt": "hi", "response": "ho"}, {}),
         (
             {"question": "hi", "answer": "ho", "id": 3},
@@ -40,7 +42,7 @@ def test_every_form_gives_the_first_turns(tmp_path, row, settings, form):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "d.parquet")
     first, second = load(tmp_path, **settings)
     assert (first.prompt, first.real) == ((USER,), "ho")
-    assert first.generated == ("hm" if "generated" in row else None)
+    assert first.generated == ("hm" if "pairs" in settings else None)  # else it isn't read
     assert second.where.endswith(f"d.{form}:2")
 
 
@@ -62,34 +64,46 @@ def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
     "line, message",
     [
         ('{"prompt": "a", "response": "b"', "not JSON"),
-        ('["a"]', "must be an object"),
+        ('["a"]', "an object is needed, not list"),
         ('{"prompt": "  ", "response": "b"}', "empty prompt"),
         ('{"prompt": "a", "response": ""}', "empty response"),
         ('{"prompt": "a"}', "found the columns 'prompt', none of the known forms"),
         ('{"prompt": "a", "response": 3}', "'response' must be a text, not int"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
-        ('{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "role None"),
-        ('{"messages": [{"role": "human", "content": "a"}]}', "role 'human'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' where one of system or user"),
+        ('{"messages": []}', "no user turn"),
+        ('{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "a turn of None"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "a turn of 'human'"),
         ('{"messages": "a"}', "must be a list"),
-        (
-            '{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
-            '"generated": '
-            '[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
-            'empty "generated"',
-        ),
-        (
-            '{"real": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
-            '"generated": '
-            '[{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}',
-            "different prompts",
-        ),
+        (json.dumps({"messages": [SYSTEM, SYSTEM, USER, ANSWER]}), "a turn of 'system' where one of user"),
+        (json.dumps({"messages": [USER, USER, ANSWER]}), "a turn of 'user' where one of assistant"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": "a", "response": ' + "1" * 5000 + "}", "not JSON"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
     good = '{"prompt": "a", "response": "b"}\n'
     (tmp_path / "d.jsonl").write_text(good + line + "\n" + good)
     with pytest.raises(ValueError, match=f"d.jsonl:2.*{message}"):
+        load(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    "generated, message",
+    [
+        ([USER, ANSWER | {"content": " "}], 'empty "generated"'),
+        ([USER | {"content": "other"}, ANSWER], "different prompts"),
+    ],
+)
+def test_a_bad_pair_is_refused_with_file_and_line(tmp_path, generated, message):
+    write_jsonl(tmp_path / "d.jsonl", [{"real": [USER, ANSWER], "generated": generated}])
+    with pytest.raises(ValueError, match=f"d.jsonl:1.*{message}"):
+        load(tmp_path / "d.jsonl", pairs=True)
+
+
+def test_text_that_is_not_utf_8_is_refused_with_its_file(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "a\xff", "response": "b"}\n')
+    with pytest.raises(ValueError, match="d.jsonl: not UTF-8 text"):
         load(tmp_path / "d.jsonl")
 
 
@@ -119,15 +133,13 @@ def test_missing_files_empty_files_and_missing_columns_are_refused(tmp_path):
     with pytest.raises(ValueError, match="e.jsonl: no examples"):
         load(tmp_path / "e.jsonl")
     (tmp_path / "f.parquet").write_text("no")
-    with pytest.raises(ValueError, match="f.parquet: not a Parquet file"):
+    with pytest.raises(ValueError, match="f.parquet: not a readable Parquet file"):
         load(tmp_path / "f.parquet")
     write_jsonl(tmp_path / "g.jsonl", [{"question": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="no column 'q', found 'question', 'answer'"):
         load(tmp_path / "g.jsonl", prompt_column="q", response_column="answer")
-    with pytest.raises(ValueError, match="go together"):
-        load(tmp_path / "g.jsonl", prompt_column="question")
     with pytest.raises(ValueError, match='pairs need the columns "real" and "generated"'):
-        load(tmp_path / "g.jsonl", need_generated=True)
+        load(tmp_path / "g.jsonl", pairs=True)
 
 
 def test_the_sample_is_seeded_without_repeats_and_not_larger_than_the_data(tmp_path):
@@ -183,7 +195,7 @@ def test_the_opponents_own_empty_response_is_a_pair_like_any_other(tmp_path, let
     not SHARED.is_dir(), reason="needs GSM8K in ../shared/data, which is not part of the project"
 )
 def test_released_pairs_and_gsm8k_questions_load():
-    pairs = load(SHARED / "gsm8k" / "pairs.jsonl", need_generated=True)
+    pairs = load(SHARED / "gsm8k" / "pairs.jsonl", pairs=True)
     assert len(pairs) == 800 and all(pair.generated for pair in pairs)
     columns = dict(prompt_column="question", response_column="answer")
     assert len(load(SHARED / "gsm8k" / "train.jsonl", **columns)) == 7473

@@ -3,18 +3,21 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.attention import Segments
+from model.config import ModelConfig
 from spin.config import Config, Data, Train
 from spin.engine.distributed import pretended_ranks, sharded_model
+from spin.engine.metrics import PEAKS
 from spin.engine.optimizer import RMSprop
 from spin.packing import Item, pack, response_logps
-from spin.plan import Memory, Plan
-from tests.helpers import run_script, small_config
+from spin.plan import GPUS, Memory, Plan, _architecture
+from tests.helpers import ROOT, run_script, small_config
 
 pytestmark = pytest.mark.slow
 WIDE = small_config(
@@ -117,7 +120,9 @@ def planned(*arguments, fails=False):
 
 @pytest.fixture
 def small_recipe(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(WIDE.to_dict("bfloat16")))
+    path = tmp_path / "base/model/config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(WIDE.to_dict("bfloat16")))
     text = f'[run]\ndir = "{tmp_path}"\n[data]\nnum_prompts = 5000\n[train]\nreplay = 0\n'
     (tmp_path / "r.toml").write_text(text)
     return str(tmp_path / "r.toml")
@@ -135,7 +140,7 @@ def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
 
 
 def test_bad_arguments_are_refused(small_recipe, tmp_path):
-    (tmp_path / "no.toml").write_text(f'[run]\ndir = "{tmp_path}"\n')
+    (tmp_path / "no.toml").write_text(f'[run]\ndir = "{tmp_path}/no"\n[data]\nnum_prompts = 5000\n')
     assert "did you mean" in run_script(
         "spin/plan.py", "--config", small_recipe, "--train.token_buget=3", fails=True
     )
@@ -146,3 +151,37 @@ def test_bad_arguments_are_refused(small_recipe, tmp_path):
         "spin/plan.py", "--config", small_recipe, "--gpus", "6", "--run.shard_size=4", fails=True
     )
     assert "run.shard_size = 4 does not divide the number of ranks, 6" in output
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--memory=-1"], "--memory must be more than --reserve, 4, not -1"),
+        (["--memory=2", "--reserve=2"], "--memory must be more than --reserve, 2, not 2"),
+        (["--reserve=-1"], "--reserve must be at least 0, not -1"),
+        (["--pairs=0"], "--pairs must be at least 1, not 0"),
+        (["--gpus=0"], "--gpus must be at least 1, not 0"),
+        (["--share=2"], "--share must be in (0, 1], not 2"),
+        (["--lengths=1,2"], "--lengths must be three positive numbers"),
+        (["--data.num_prompts=0"], "give their number with --pairs"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(small_recipe, given, said):
+    assert said in planned("--config", small_recipe, *given, fails=True)
+
+
+def test_the_planner_knows_every_gpu_that_training_knows():
+    assert GPUS.keys() == PEAKS.keys()
+
+
+def test_an_architecture_is_a_name_a_file_a_directory_or_the_recipes():
+    zephyr, llama = Path("configs/zephyr-7b.toml"), Path("llama-2-70b")
+    found = _architecture(None, Config(), zephyr)
+    assert (found.model_type, found.num_hidden_layers, found.sliding_window) == ("mistral", 32, 4096)
+    found = _architecture(llama, Config(), zephyr)
+    assert (found.num_hidden_layers, found.head_dim, found.sliding_window) == (80, 128, None)
+    directory = ROOT / "miniature/seed0/base"
+    assert _architecture(directory, Config(), zephyr) == ModelConfig.from_pretrained(directory)
+    assert _architecture(directory / "config.json", Config(), zephyr) == ModelConfig.from_pretrained(
+        directory
+    )

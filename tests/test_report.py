@@ -1,6 +1,7 @@
 """The report of a run, finished or not."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -14,8 +15,8 @@ from tests.helpers import ROOT, write_jsonl
 
 
 def evaluation(directory, greedy, sampled):
-    metrics = {"exact_match": greedy, "exact_match_sampled": sampled, "logp": -1.0, "documents": 2}
-    metrics |= {f"{name}_stderr": 0.01 for name in ("exact_match", "exact_match_sampled", "logp")}
+    metrics = {"exact_match": greedy, "exact_match_sampled": sampled, "logp": -1.0}
+    metrics |= {f"{name}_stderr": 0.01 for name in metrics} | {"documents": 2, "harness": "own"}
     row = {
         "prompt": "a|b",
         "target": "x",
@@ -68,7 +69,8 @@ def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
     steps(tmp_path / "iter0", 20)
     file = tmp_path / "iter0/metrics.jsonl"
     rows = [json.loads(line) for line in open(file)]
-    without = plot_training(tmp_path).read_bytes()
+    plot_training(tmp_path)
+    without = (tmp_path / "training.png").read_bytes()
     for row in rows[4::5]:
         row |= {"heldout_loss": 0.7, "heldout_accuracy": 0.4, "heldout_margin": 0.6}
     write_jsonl(file, rows)
@@ -85,6 +87,43 @@ def test_the_figure_of_a_run_that_is_writing_has_its_held_out_pairs(tmp_path):
         encoding="utf-8"
     )
     assert is_picture(tmp_path / "training.png") and (tmp_path / "training.png").read_bytes() != without
+
+
+def test_nan_and_missing_scores_are_empty_cells_and_gaps(tmp_path):
+    evaluation(tmp_path / "base", 0.5, math.nan)
+    evaluation(tmp_path / "iter0", 0.5, 0.25)
+    tasks = [name for name, *_ in LEADERBOARD]
+    for directory in (tmp_path / "base/evaluation", tmp_path / "iter0/evaluation"):
+        heldout = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["tasks"]
+        benchmark_results(directory, 0, tasks)
+        found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["tasks"]
+        (directory / "summary.json").write_text(json.dumps({"tasks": heldout | found}))
+    summary = tmp_path / "iter0/evaluation/summary.json"
+    text = summary.read_text(encoding="utf-8").replace('"acc": 0.5', '"acc": NaN')
+    summary.write_text(text.replace('"acc_stderr": 0.05', '"acc_stderr": NaN'))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    cells = "50.00 ± 5.00 | 50.00 ± 5.00 | 50.00 ± 5.00"
+    assert f"| SFT model | {cells} | {cells} | 50.00 |" in text
+    assert f"| iteration 0 | 50.00 ± 5.00 |  |  | {cells} |  |" in text
+    assert "| SFT model |  | 0.500 ± 0.010 |" in text and "nan" not in text.split("\n", 1)[1]
+    for name in ("average", "tasks", "radar", "accuracy"):
+        assert is_picture(tmp_path / f"{name}.png")
+
+
+def test_a_model_without_any_score_leaves_a_report(tmp_path):
+    benchmark_results(tmp_path / "base/evaluation", math.nan)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "| SFT model |  |  |  |  |  |  |  |" in text and not list(tmp_path.glob("*.png"))
+
+
+def test_a_figure_replaces_a_symlink_and_does_not_follow_it(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    evaluation(run / "base", 0.5, 0.25)
+    outside.write_text("kept")
+    (run / "accuracy.png").symlink_to(outside)
+    write_report(run)
+    assert outside.read_text(encoding="utf-8") == "kept"
+    assert is_picture(run / "accuracy.png") and not (run / "accuracy.png").is_symlink()
 
 
 def test_an_empty_run_has_an_empty_report(tmp_path):
@@ -115,7 +154,7 @@ def benchmark_results(directory, shift, tasks=tuple(name for name, *_ in LEADERB
         "of_subjects": 57,
     }
     task |= {metric: 0.5 + shift for metric in metrics} | {f"{metric}_stderr": 0.05 for metric in metrics}
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     sizes = {name: count for (name, *_), count in zip(LEADERBOARD, DOCUMENTS)}
     found = {name: task | {"documents": sizes.get(name, 100) // divisor} for name in tasks}
     (directory / "summary.json").write_text(json.dumps({"tasks": found}))
@@ -129,8 +168,8 @@ def test_the_leaderboard_stands_beside_the_papers(tmp_path):
     assert "| iteration 0 |" + " 52.50 ± 5.00 |" * 6 + " 52.50 |" in text
     assert "| — the paper | 60.41 | 43.73 | 74.19 | 26.76 | 82.85 | 60.92 | 58.14 |" in text
     assert "| — difference | -10.90 | +3.32 | -20.19 | +17.40 | -31.88 | -7.53 | -8.30 |" in text
-    assert "| zephyr-7b-beta |" in text and "MMLU: 6 of its 57 subjects" in text
-    assert "harness 0.4.0" in text and "arc_challenge: 2 contexts cut at the left" in text
+    assert "| zephyr-7b-beta |" in text and "mmlu 14042 (2 truncated, 6 of its 57 subjects)" in text
+    assert "harness 0.4.0" in text and "arc_challenge 1172 (2 truncated" in text
     for name in ("average", "tasks", "radar"):
         assert f"({name}.png)" in text and is_picture(tmp_path / f"{name}.png")
 
@@ -148,9 +187,8 @@ def test_parts_of_the_tasks_are_not_set_against_the_papers_whole_ones(tmp_path):
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, divisor=10)
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| — difference |  |  |  |  |  |  |  |" in text and "| — difference | -10.41 |" in text
-    assert (
-        "SFT model: Scored as" in text and "iteration 0: Scored as" in text and "arc_challenge 117," in text
-    )
+    assert "SFT model: scored as" in text and "iteration 0: scored as" in text
+    assert "arc_challenge 117 (" in text
 
 
 def test_judgments_stand_in_the_report(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import model.sampler as sampler
 from model.attention import Segments
-from model.kv_cache import KVCache, free_memory
+from model.kv_cache import KVCache, cgroup_memory, free_memory
 from model.sampler import fitting_slots, generate, generate_stream, generate_tokens
 from model.sampling import at_quantiles, counter_uniform, restricted, sample
 from tests.helpers import random_ids, reference, small_model
@@ -43,7 +43,7 @@ def test_64_greedy_tokens_equal_transformers_generate_on_32_ragged_prompts(shape
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=0.7, top_p=0.8)])
-def test_a_response_depends_on_neither_slots_nor_order_nor_company(settings):
+def test_a_response_depends_on_neither_slots_nor_order_nor_other_prompts(settings):
     model = small_model().double()  # so that shapes move no rounding that matters
     settings = dict(max_new_tokens=20, seed=5, eos_id=2, **settings)
     expected = generate(model, PROMPTS, slots=64, **settings)
@@ -105,7 +105,7 @@ def test_no_prompts_and_impossible_ones():
             generate(model, [[5]], **dict(max_new_tokens=1) | bad)
     with pytest.raises(ValueError, match="need max_new_tokens"):
         generate(model, [[5]], max_new_tokens=0)
-    with pytest.raises(ValueError, match="slot_length = 3, but a prompt and its response may have 5"):
+    with pytest.raises(ValueError, match="slot_length = 3, but prompt and response may have 5"):
         generate(model, [[5]], max_new_tokens=4, slot_length=3)
     with pytest.raises(ValueError, match="3 streams for 1 prompts"):
         generate(model, [[5]], max_new_tokens=4, streams=[1, 2, 3])
@@ -197,9 +197,7 @@ def test_all_responses_end_at_once(fixed):
 
 
 def test_prompts_are_read_while_others_decode_and_a_freed_slot_is_used_at_once():
-    """One forward pass has the decoding rows and the new prompts: no step is spent on a prompt alone, but for
-    the first.
-    """
+    """One forward pass has the decoding rows and the new prompts; only the first pass has prompts alone."""
     model, passes = small_model(), []
     model.register_forward_pre_hook(
         lambda _, args: passes.append((len(args[0]), args[2].q_offsets if args[2] else None))
@@ -214,12 +212,12 @@ def test_prompts_are_read_while_others_decode_and_a_freed_slot_is_used_at_once()
     assert eos not in (free[0][0], *free[1][:2])  # prompt 0 ends at its second token, prompt 1 does not
     passes.clear()
     generate(model, prompts[:3], max_new_tokens=3, slots=2, eos_id=eos)
-    # prompt 2 beside prompt 1's third token
+    # prompt 2 in the same pass as prompt 1's third token
     assert passes[:3] == [(12, [0, 6, 12]), (2, None), (1 + 6, [0, 6])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_fixed_slots_the_company_moves_no_bit(dtype):
+def test_with_fixed_slots_other_prompts_change_no_bit(dtype):
     """Under the claim's conditions: one machine and number of threads, the same slots and slot length."""
     # Wide enough that matrix products round by a row's place and by their height, where the library does so.
     model = small_model(hidden_size=256, intermediate_size=640, vocab_size=1000, head_dim=64).to(dtype)
@@ -275,6 +273,36 @@ def test_slots_are_as_many_as_memory_holds():
     assert 1 << 20 < free_memory(torch.device("cpu")) < 1 << 50
 
 
+CGROUPS = {  # table, folder, and names of files and field
+    "v2": ("0::/job/step\n", "", "max", "current", "inactive_file"),
+    "v1": ("4:memory:/job/step\n0::/\n", "memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+}
+
+
+@pytest.mark.parametrize("version", CGROUPS)
+def test_memory_is_limited_by_the_process_cgroup_and_by_those_that_contain_it(tmp_path, version):
+    table, folder, limit, usage, cache = CGROUPS[version]
+
+    def group(path, most, used, droppable):
+        directory = tmp_path / "sys/fs/cgroup" / folder / path
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"memory.{limit}").write_text(f"{most}\n")
+        (directory / f"memory.{usage}").write_text(f"{used}\n")
+        (directory / "memory.stat").write_text(f"anon 7\n{cache} {droppable}\n")
+
+    assert cgroup_memory(tmp_path) == 2**63  # no cgroups
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(table)
+    group("job/step", 1000, 700, 200)
+    assert cgroup_memory(tmp_path) == 500
+    group("job", 2000, 1900, 300)
+    assert cgroup_memory(tmp_path) == 400
+    group("job/step", 1000, 1300, 200)
+    assert cgroup_memory(tmp_path) == 0
+    group("job/step", "max" if not folder else 2**63 - 4096, 10**12, 0)
+    assert cgroup_memory(tmp_path) == 400
+
+
 def test_steps_replayed_for_a_few_slot_counts_give_the_same(monkeypatch):
     """The path of CUDA graphs, with the step itself in the place of its recording."""
     model, sizes = small_model(), []
@@ -305,7 +333,7 @@ def test_steps_replayed_for_a_few_slot_counts_give_the_same(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0, top_k=20, top_p=0.9)])
 def test_on_a_gpu_the_captured_steps_give_what_single_kernels_give(settings, monkeypatch):
-    # Weights that bf16 holds exactly, so that there and back again is the same model.
+    # Weights that bf16 holds exactly, so that a cast to fp32 and back gives the same model.
     model = small_model(hidden_size=256, intermediate_size=512, head_dim=64).to("cuda", torch.bfloat16)
     prompts = [random_ids(random.Random(n), 1 + n % 40) for n in range(60)]
     settings = dict(

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from model.sampler import generate
 from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Data
-from spin.opponent import verified_pairs
+from spin.opponent import read_pairs
 from spin.report.markdown import escaped
 from spin.talk import side_by_side
 from tests.helpers import (
@@ -148,7 +147,7 @@ def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
 def test_a_changed_setting_that_matters_is_refused_by_name(finished, recipe, override):
     run, _ = finished
     output = run_script("train.py", *recipe(run, override), "--iter", "0", fails=True)
-    assert "begun with other settings" in output and override[2:].split("=")[0] in output
+    assert f"made with {override[2:].split('=')[0]} = " in output
     assert "Traceback" not in output
 
 
@@ -157,13 +156,19 @@ def test_a_changed_setting_that_does_not_matter_is_accepted(finished, recipe):
     assert "finished" in run_script("train.py", *recipe(run, "--train.token_budget=99"), "--iter", "0")
 
 
-@pytest.mark.parametrize("record", ["config.toml", "inputs.json"])
-def test_results_without_the_record_of_their_settings_are_refused(finished, recipe, tmp_path, record):
+def test_results_without_the_record_of_their_inputs_are_refused(finished, recipe, tmp_path):
     copy = shutil.copytree(finished[0], tmp_path / "copy")
-    (copy / "iter0" / record).unlink()
+    (copy / "iter0/inputs.json").unlink()
     for script in ("train.py", "generate.py"):
         output = run_script(script, *recipe(copy, "--train.beta=9"), "--iter", "0", fails=True)
-        assert f"iter0/{record}: missing, so nothing says how" in output
+        assert re.search("iter0/inputs.json: missing, so .* is of unknown origin", output)
+
+
+def test_a_lost_config_toml_does_not_switch_the_check_of_settings_off(finished, recipe, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    (copy / "iter0/config.toml").unlink()
+    output = run_script("train.py", *recipe(copy, "--train.beta=9"), "--iter", "0", fails=True)
+    assert "made with train.beta = 2.0, now 9.0" in output
 
 
 def test_a_model_is_exported_again_where_the_log_of_its_training_was_lost(finished, recipe, tmp_path):
@@ -182,7 +187,7 @@ def test_another_opponent_is_refused(finished, recipe, tmp_path):
     subprocess.run(["rm", "-r", copy / "iter1/model", copy / "iter0/model"], check=True)
     subprocess.run(["cp", "-r", copy / "base/model", copy / "iter0/model"], check=True)
     output = run_script("train.py", *recipe(copy), "--iter", "1", fails=True)
-    assert "iter1: begun with another opponent" in output
+    assert "iter1: results made with other opponent" in output
 
 
 def test_other_data_under_the_same_name_is_refused_also_when_finished(finished, recipe, tmp_path):
@@ -193,13 +198,13 @@ def test_other_data_under_the_same_name_is_refused_also_when_finished(finished, 
     arguments = [*recipe(tmp_path / "copy", f"--data.path={same}"), "--iter", "0"]
     assert "iter0: finished" in run_script("train.py", *arguments)
     write_jsonl(same, [row | {"response": "x"} for row in rows])
-    assert "begun with another data" in run_script("train.py", *arguments, fails=True)
+    assert "made with other data" in run_script("train.py", *arguments, fails=True)
 
 
 def test_iteration_1_replays_the_pairs_of_iteration_0(finished, recipe):
     _, output = finished
-    assert "iteration 0: 49 examples, 0 of them replayed" in output
-    assert "iteration 1: 98 examples, 49 of them replayed" in output
+    assert "iter0: 49 examples, 0 of them replayed" in output
+    assert "iter1: 98 examples, 49 of them replayed" in output
 
 
 def test_evaluate_gives_every_model_a_row_and_documents_in_order(finished, recipe):
@@ -272,12 +277,12 @@ def undisturbed(recipe, tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_killed_while_generating_ends_as_if_undisturbed(undisturbed, recipe, tmp_path):
     arguments = [*recipe(tmp_path / "killed", *SLOW), "--iter", "0"]
-    lines = tmp_path / "killed/iter0/generated.partial/rank0.jsonl"
+    lines = tmp_path / "killed/iter0/generated.rows/rank0.jsonl"
     for wanted in (20, 90):
         kill_when(arguments, lambda: count_lines(lines) >= wanted)
         assert not (tmp_path / "killed/iter0/generated").exists()
     with open(lines, "a") as file:
-        file.write('{"prompt": 7, "resp')  # what a kill in the middle of a line leaves
+        file.write('{"doc": 7, "resp')  # what a kill in the middle of a line leaves
     run_script("train.py", *arguments)
     assert_same_run(undisturbed, tmp_path / "killed/iter0")
 
@@ -297,7 +302,7 @@ def test_a_run_killed_while_training_ends_as_if_undisturbed(undisturbed, recipe,
 def test_a_killed_rank_ends_generation_and_any_number_of_ranks_goes_on(undisturbed, recipe, tmp_path):
     base = f"--model.base={undisturbed.parent}/base/model"
     arguments = [*recipe(tmp_path / "killed", *SLOW, base), "--iter", "0"]
-    partial = tmp_path / "killed/iter0/generated.partial"
+    partial = tmp_path / "killed/iter0/generated.rows"
 
     def kept():
         files = partial.glob("rank*.jsonl")
@@ -310,7 +315,7 @@ def test_a_killed_rank_ends_generation_and_any_number_of_ranks_goes_on(undisturb
         )
         assert 10 <= kept() < 400
     left = 400 - kept()
-    assert f"generated {left} responses now" in run_script("generate.py", *arguments)
+    assert f"generated {left} responses: " in run_script("generate.py", *arguments)
     assert generated(tmp_path / "killed/iter0") == generated(undisturbed)
 
 
@@ -320,7 +325,7 @@ def test_generate_alone_leaves_pairs_and_train_goes_on_from_them(undisturbed, re
     run_script("generate.py", *arguments)
     assert generated(tmp_path / "run/iter0") == generated(undisturbed)
     assert not (tmp_path / "run/iter0/metrics.jsonl").exists()
-    assert "iteration 0: 400 examples" in run_script("train.py", *arguments)
+    assert "iter0: 400 examples" in run_script("train.py", *arguments)
     assert_same_run(undisturbed, tmp_path / "run/iter0")
 
 
@@ -331,7 +336,7 @@ def test_pairs_in_the_released_form_train_without_generating(finished, recipe, t
         tmp_path / "run", f"--data.pairs={pairs}", "--data.num_prompts=0", f"--model.base={run}/base/model"
     )
     output = run_script("train.py", *arguments, "--iter", "0")
-    assert "iteration 0: 49 examples" in output and not (tmp_path / "run/iter0/generated").exists()
+    assert "iter0: 49 examples" in output and not (tmp_path / "run/iter0/generated").exists()
     assert metrics(tmp_path / "run/iter0")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
@@ -354,60 +359,52 @@ def test_logps_of_other_pairs_are_refused(finished, recipe, tmp_path):
     shutil.rmtree(copy / "iter0/model")
     shutil.copy(copy / "iter1/opponent_logps.safetensors", copy / "iter0")
     output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
-    assert "opponent_logps.safetensors: made for other pairs" in output
+    assert "opponent_logps.safetensors: results made with other pairs" in output
 
 
 @pytest.fixture
 def stage(finished, tmp_path):
-    """A copy of a finished generate stage: its directory, its only shard, the examples that it answers."""
+    """A copy of a finished generate stage: its directory, its only shard, its record."""
     directory = shutil.copytree(finished[0] / "iter0/generated", tmp_path / "generated")
-    examples = [replace(pair, generated=None) for pair in verified_pairs(directory, Data())]
-    return directory, directory / "part-00000-of-00001.jsonl", examples
+    record = json.loads((directory / "inputs.json").read_text(encoding="utf-8"))
+    return directory, directory / "part-00000-of-00001.jsonl", record
 
 
 @pytest.mark.parametrize(
-    "old, new, message",
+    "old, new, edited",
     [
-        (
-            '"assistant", "content": "',
-            '"assistant", "content": "x',
-            "part-00000-of-00001.jsonl:1: not the prompt and the",
-        ),
-        ('{"real"', '{"also": 1, "real"', None),  # says the same
-        (r"\A.*\n", "", "part-00000-of-00001.jsonl:1: not the prompt"),
-        (r".*\n\Z", "", "48 pairs for 49 prompts"),
-        (r"(.*\n)\Z", r"\1\1", "50 pairs for 49 prompts"),
-        (
-            r'"generated": (.*)"content": "([^"]*)"(}]})\n\Z',
-            r'"generated": \1"content": "other"\3\n',
-            "changed since it was made",
-        ),
+        ('"assistant", "content": "', '"assistant", "content": "x', True),
+        ('{"real"', '{"also": 1, "real"', False),  # says the same
+        (r"\A.*\n", "", True),
+        (r".*\n\Z", "", True),
+        (r"(.*\n)\Z", r"\1\1", True),
+        (r'"generated": (.*)"content": "([^"]*)"(}]})\n\Z', r'"generated": \1"content": "other"\3\n', True),
     ],
 )
-def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, message):
-    directory, shard, examples = stage
+def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, edited):
+    directory, shard, record = stage
     text = shard.read_text(encoding="utf-8")
     shard.write_text(re.sub(old, new, text))
     assert shard.read_text(encoding="utf-8") != text
-    if message is None:
-        assert len(verified_pairs(directory, Data(), examples)) == 49
+    if not edited:
+        assert len(read_pairs(directory, record, Data())) == 49
         return
-    with pytest.raises(ValueError, match=message):
-        verified_pairs(directory, Data(), examples)
+    with pytest.raises(ValueError, match="generated: the pairs were edited; remove"):
+        read_pairs(directory, record, Data())
 
 
 def test_a_generate_stage_of_another_opponent_or_of_other_settings_is_refused(stage):
-    directory, _, examples = stage
-    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    same = {"opponent": meta["opponent"], "settings": meta["settings"]}
-    assert len(verified_pairs(directory, Data(), examples, same)) == 49
-    with pytest.raises(ValueError, match="made with another opponent"):
-        verified_pairs(directory, Data(), examples, same | {"opponent": "0" * 64})
-    with pytest.raises(ValueError, match="made with another settings"):
-        verified_pairs(directory, Data(), examples, same | {"settings": meta["settings"] | {"seed": 1}})
-    (directory / "meta.json").unlink()
-    with pytest.raises(ValueError, match="meta.json: missing"):
-        verified_pairs(directory, Data(), examples)
+    directory, _, record = stage
+    for key, value, message in (
+        ("opponent", "0" * 64, "made with other opponent"),
+        ("data", "0" * 64, "made with other data"),
+        ("generate.seed", 1, "made with generate.seed = 0, now 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_pairs(directory, record | {key: value}, Data())
+    (directory / "inputs.json").unlink()
+    with pytest.raises(ValueError, match="inputs.json: missing"):
+        read_pairs(directory, record, Data())
 
 
 def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
@@ -416,11 +413,10 @@ def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
     (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("")
     for script in ("train.py", "generate.py"):
         output = run_script(script, *recipe(copy), "--iter", "0", fails=True)
-        assert "0 pairs for 49 prompts; remove" in output and "evaluate" not in output
+        assert "the pairs were edited; remove" in output and "evaluate" not in output
     (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("no JSON\n")
-    assert "part-00000-of-00001.jsonl:1: not JSON" in run_script(
-        "generate.py", *recipe(copy), "--iter", "0", fails=True
-    )
+    output = run_script("generate.py", *recipe(copy), "--iter", "0", fails=True)
+    assert "part-00000-of-00001.jsonl:1: not JSON" in output
 
 
 def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path):
@@ -440,7 +436,7 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
     assert meta["prompts cut at the left"] == sum(len(row["real"][0]["content"]) + 1 > 12 for row in rows) > 0
     assert f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens" in output
     assert f"{meta['prompts cut at the left']} prompts cut at the left" in output
-    assert "generated 49 responses now" in output and "tokens/s" in output
+    assert "generated 49 responses: " in output and "tokens/s" in output
     first = rows[0]
     assert (
         f"  prompt: {first['real'][0]['content']}\n  real: {first['real'][1]['content']}\n  generated:"
@@ -453,17 +449,18 @@ def test_fixed_slots_go_on_with_the_same_slots_only_until_all_is_generated(undis
     copy = shutil.copytree(undisturbed.parent, tmp_path / "copy")
     arguments = [*recipe(copy, *SLOW, "--generate.slots=5"), "--iter", "0"]
     assert "finished, nothing to do" in run_script("generate.py", *arguments)
+    record = json.loads((copy / "iter0/generated/inputs.json").read_text(encoding="utf-8"))
     shutil.rmtree(copy / "iter0/generated")
-    partial = copy / "iter0/generated.partial"
-    write_jsonl(partial / "rank0.jsonl", [{"prompt": 1, "response": "a", "tokens": 2, "ended": True}])
-    (partial / "shapes.json").write_text('{"generate.slots": 4, "threads": 1}')
-    assert "begun with generate.slots = 4, now 5" in run_script("generate.py", *arguments, fails=True)
-    (partial / "shapes.json").write_text('{"generate.slots": 5, "threads": 2}')
-    assert "begun with threads = 2, now 1; set OMP_NUM_THREADS" in run_script(
-        "generate.py", *arguments, fails=True
-    )
-    (partial / "shapes.json").unlink()
-    (partial / "rank0.jsonl").write_text('{"prompt": 1}\nnot a row\n')
+    rows = copy / "iter0/generated.rows"
+    write_jsonl(rows / "rank0.jsonl", [{"doc": 1, "response": "a", "tokens": 2, "ended": True}])
+    for shapes, message in (
+        ({"generate.slots": 4, "threads": 1}, "made with generate.slots = 4, now 5"),
+        ({"generate.slots": 5, "threads": 2}, "made with threads = 2, now 1"),
+    ):
+        (rows / "inputs.json").write_text(json.dumps(record | shapes))
+        assert message in run_script("generate.py", *arguments, fails=True)
+    (rows / "inputs.json").write_text(json.dumps(record | {"generate.slots": 5, "threads": 1}))
+    (rows / "rank0.jsonl").write_text('{"doc": 1}\nnot a row\n')
     assert "rank0.jsonl:2: not JSON" in run_script("generate.py", *arguments, fails=True)
 
 
@@ -499,9 +496,9 @@ def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, 
     for arguments, message in (
         (["--iter", "base,7", "--prompt", "a"], "iter7/model: no such model"),
         (["--iter", "0", "--prompt", " "], "--prompt is empty"),
-        (["--model", str(run)], "--model goes with --prompt"),
-        (["--iter", "0,1"], "one iteration at a time"),
-        (["--iter", "base"], "one iteration at a time"),
+        (["--model", str(run)], "--model and several --iter need --prompt"),
+        (["--iter", "0,1"], "several --iter need --prompt"),
+        (["--iter", "base"], "several --iter need --prompt"),
     ):
         assert message in run_script("generate.py", *recipe(run), *arguments, fails=True)
 
@@ -535,6 +532,8 @@ def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recip
         (["--data.num_prompts=999"], "num_prompts = 999"),
         (["--trian.lr=1"], "did you mean train.lr"),
         (["--verbose"], "not of the form"),
+        (["--train.heldout_pairs=49"], "heldout_pairs = 49 leaves none of 49 examples"),
+        (["--train.epochs=1e-12"], "gives no step"),
         (["--model.attention=torch-flash"], "'torch-flash' cannot be used: it needs a CUDA device, not cpu"),
     ],
 )
@@ -556,7 +555,7 @@ def test_a_second_process_in_a_run_is_refused(finished, recipe):
     with open(run / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         output = run_script("train.py", *recipe(run), "--iter", "0", fails=True)
-    assert "another process is at work here" in output
+    assert "another process works here" in output
 
 
 def test_a_bad_line_of_data_is_refused_with_its_place(recipe, tmp_path):

@@ -10,9 +10,10 @@ import torch
 
 import spin.trainer
 from model.weights import save_model
-from spin.config import SFT, Recipe, Train
+from spin.config import SFT, Train
 from spin.engine.distributed import Ranks, ranks, sharded_model
-from spin.iteration import check
+from spin.engine.prepare import prepare_all
+from spin.engine.recipe import Recipe
 from spin.opponent import score
 from spin.packing import Item, pack, response_logps
 from spin.trainer import Schedule, train
@@ -212,7 +213,7 @@ def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
     log = metrics(tmp_path / "run")
     assert [step["step"] for step in log if "heldout_loss" in step] == [2, 4, 6]
 
-    aside = spin.trainer.kept_aside(part, len(items))
+    aside = spin.trainer.held_out_items(part, len(items))
     policy, frozen = reference(small_model()), reference(small_model())
     policy.load_state_dict({name: weight.full_tensor() for name, weight in model.named_parameters()})
     margins = []
@@ -232,11 +233,10 @@ def test_pairs_kept_aside_are_measured_and_not_trained_on(tmp_path, group):
 
 
 def test_tensorboard_that_is_asked_for_and_absent_is_an_error_before_anything_runs(tmp_path, monkeypatch):
-    (tmp_path / "r.toml").write_text("[data]\npath = 'nowhere'\n")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for setting, iterations in (("--sft.tensorboard=true", []), ("--train.tensorboard=true", [0])):
+    for setting, iterations in (("--sft.tensorboard=true", [-1]), ("--train.tensorboard=true", [0])):
         with pytest.raises(ValueError, match="pip install tensorboard"):
-            check(Recipe(tmp_path / "r.toml", [setting]), iterations)
+            prepare_all(Recipe("configs/tiny.toml", [f"--run.dir={tmp_path}", setting]), iterations)
 
 
 def test_tensorboard_has_what_the_log_has(tmp_path, group):
@@ -259,7 +259,9 @@ def test_tensorboard_has_what_the_log_has(tmp_path, group):
 def test_a_first_loss_that_is_not_log_2_stops_the_run(tmp_path, group):
     save_model(small_model(), tmp_path / "m", torch.float32)
     model = sharded_model(tmp_path / "m", group, torch.float32)
-    with pytest.raises(RuntimeError, match="policy and opponent differ by .* the loss is .*, not 0.6931"):
+    with pytest.raises(
+        RuntimeError, match="policy and opponent differ by .* the loss is .*, while they must be the same"
+    ):
         train(Train(**PART), model, pairs(4), torch.zeros(4, 2), tmp_path / "run", group)
 
 
@@ -272,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, gro
     before = model.model["embed_tokens"].weight.full_tensor().clone()
     with pytest.raises(
         RuntimeError,
-        match="step 1: loss nan.*not finite.*example 0, example 1.*log-probabilities that are not finite",
+        match="step 1: loss nan.*not finite.*example 0, example 1.*log-probs that are not finite",
     ):
         train(
             SFT(**{k: v for k, v in PART.items() if k != "beta"}),

@@ -204,7 +204,7 @@ def test_a_tokenizers_files_and_the_sources_generation_config_travel_along(tmp_p
 # Refusals.
 
 
-def test_weights_are_not_written_beside_others(tmp_path):
+def test_weights_are_not_written_next_to_others(tmp_path):
     model, path = saved(tmp_path)
     with pytest.raises(FileExistsError, match="model.safetensors: there are weights already"):
         save_model(model, path, torch.float32)
@@ -241,7 +241,7 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
         (lambda t: t.pop(NORM), f"lacks {NORM}"),
         (
             lambda t: t.update({"lm_head.bias": torch.zeros(97)}),
-            "has unknown lm_head.bias in model.safetensors",
+            "model.safetensors: has unknown lm_head.bias",
         ),
         (
             lambda t: t.update({HEAD: torch.zeros(97, 31)}),
@@ -293,11 +293,11 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
     ):
         shard.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=f"{shard.name}: not a complete safetensors file.*fetch it again"
+            ValueError, match=f"{shard.name}: not a complete safetensors file.*download it again"
         ):
             Checkpoint(path)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name}: no such file, where {INDEX} has model"):
+    with pytest.raises(FileNotFoundError, match=f"No such file.*{shard.name}"):
         Checkpoint(path)
     shard.write_bytes(content)
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
@@ -305,6 +305,17 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
     index["weight_map"][moved] = sorted(path.glob("*.safetensors"))[0].name
     (path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{INDEX}: does not agree with the shards about {moved}"):
+        Checkpoint(path)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_absent(tmp_path, monkeypatch):
+    _, path = saved(tmp_path)
+
+    def refuse(file, *_):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: .*model.safetensors"):
         Checkpoint(path)
 
 
@@ -326,7 +337,7 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path):
 def test_an_index_that_points_nowhere_is_refused(tmp_path, text, message):
     _, path = saved(tmp_path)
     (path / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=f"{INDEX}: stands beside model.safetensors"):
+    with pytest.raises(ValueError, match=f"{INDEX}: next to model.safetensors"):
         Checkpoint(path)
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{INDEX}: {message}"):

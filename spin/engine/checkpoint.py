@@ -1,4 +1,4 @@
-"""Stop and go on: sharded checkpoints of training; and the export to a Hugging Face directory."""
+"""Sharded checkpoints of training, written in the background; export to a Hugging Face directory."""
 
 import logging
 import pickle
@@ -8,26 +8,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import copy_tokenizer, write_checkpoint
+from spin.config import Model, Optimization
 from spin.engine.distributed import Ranks, whole
 from spin.engine.files import commit, file_digest, read_json, to_json, whole_directory
+from spin.engine.optimizer import state_bytes
+from spin.engine.stages import RECORD
 
 log = logging.getLogger("spin")
 
 
 class Checkpoints:
-    """<directory>/step-NNNNNN: parameters and optimizer, each rank its shards, written beside the training
-    that goes on.
+    """<directory>/step-NNNNNN: parameters and optimizer state, each rank's shards, written during training.
 
-    A checkpoint appears under its name when every rank's files are on disk and about.json with their digests,
-    the step, and a digest of the iteration's inputs.json; the last `keep` stay. It can be loaded on any
-    number of ranks. Loading executes nothing that a file says.
+    A checkpoint gets its name when every rank's files are on disk, with about.json: their digests, the step,
+    and a digest of the iteration's inputs.json. The last `keep` are kept. It loads on any number of ranks.
+    Loading executes nothing that a file contains.
     """
 
     def __init__(
@@ -39,11 +43,15 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def restore(self) -> int:
-        """Load the newest intact checkpoint; returns its step, 0 if there is none.
+    def close(self) -> None:
+        """Finish the write in progress, and free the thread and the process group."""
+        self.writer.shutdown()
+        dist.destroy_process_group(self.group)
 
-        One with files that are missing or differ from their digests, or that another step or iteration wrote,
-        is renamed step-NNNNNN.damaged with a warning.
+    def restore(self) -> int:
+        """Load the newest intact checkpoint. Returns its step; 0 if there is none.
+
+        One that is incomplete, damaged, or of another step or iteration is renamed step-NNNNNN.damaged.
         """
         self.ranks.from_first(self._clear)
         for step in self.ranks.from_first(lambda: sorted(_complete(self.directory), reverse=True)):
@@ -55,8 +63,36 @@ class Checkpoints:
             self.ranks.from_first(lambda: _put_aside(path, damaged[0]))
         return 0
 
+    def save(self, step: int) -> None:
+        """Start writing a checkpoint, after the previous one; raises OSError if that one failed."""
+        self.wait()
+        path = _path(self.directory, step)
+        partial = path.with_name(path.name + ".partial")
+        self.ranks.from_first(lambda: partial.mkdir(parents=True))
+        copied = dcp.async_save(self._state()[0], checkpoint_id=partial, process_group=self.group)
+        assert isinstance(copied, Future)  # as long as no stager is given
+        self.pending = self.writer.submit(self._finish, copied, step, partial, path)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint in progress couldn't be written on this rank."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the checkpoint in progress. Raises OSError if it couldn't be written."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            pending.result()
+        except (OSError, CheckpointException) as error:
+            raise OSError(
+                f"{self.directory}: the checkpoint could not be written ({_cause(error)}). Earlier ones are "
+                "intact; once that is solved, the same command resumes from the last one"
+            ) from error
+
     def _state(self) -> tuple[dict, dict]:
-        """The tensors that a checkpoint holds, and the optimizer's other values, which the settings give.
+        """The tensors of a checkpoint, and the optimizer's other values, which follow from the settings.
 
         torch would store the latter as pickles.
         """
@@ -70,46 +106,17 @@ class Checkpoints:
             try:
                 dcp.load(state, storage_reader=_TensorReader(path), planner=_TensorPlanner())
             except CheckpointException as error:
-                reason = f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
-                raise OSError(reason) from error
+                raise OSError(
+                    f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
+                ) from error
         optimizer = {"state": state["optimizer"], **other}
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer
         )
 
-    def save(self, step: int) -> None:
-        """Begin to write a checkpoint, once the one before is there. Raises OSError if that one could not be
-        written.
-        """
-        self.wait()
-        path = _path(self.directory, step)
-        partial = path.with_name(path.name + ".partial")
-        self.ranks.from_first(lambda: partial.mkdir(parents=True))
-        copied = dcp.async_save(self._state()[0], checkpoint_id=partial, process_group=self.group)
-        assert isinstance(copied, Future)  # what a stager of one's own would change
-        self.pending = self.writer.submit(self._finish, copied, step, partial, path)
-
-    @property
-    def failed(self) -> bool:
-        """Whether what was being written could not be, on this rank."""
-        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
-
-    def wait(self) -> None:
-        """Wait until what is being written is there. Raises OSError if it could not be written."""
-        if self.pending is None:
-            return
-        pending, self.pending = self.pending, None
-        try:
-            pending.result()
-        except (OSError, CheckpointException) as error:
-            raise OSError(
-                f"{self.directory}: the checkpoint could not be written ({_cause(error)}); the ones before "
-                "it are intact. Mend that, and the same command goes on from the last one"
-            ) from error
-
     def _inputs(self) -> str:
-        """A digest of what the iteration is made from; empty where no record of it is kept."""
-        file = self.directory.parent / "inputs.json"
+        """A digest of what the iteration depends on; empty if there is no record of it."""
+        file = self.directory.parent / RECORD
         return file_digest(file) if file.is_file() else ""
 
     def _finish(self, copied: Future, step: int, partial: Path, path: Path) -> None:
@@ -119,20 +126,20 @@ class Checkpoints:
         failure = None
         if self.ranks.first:
             try:
-                everything = {name: digest for part in digests for name, digest in part.items()}
-                everything[".metadata"] = file_digest(partial / ".metadata")
-                about = {"step": step, "inputs": self._inputs(), "files": everything}
+                files = {name: digest for part in digests for name, digest in part.items()}
+                files[".metadata"] = file_digest(partial / ".metadata")
+                about = {"step": step, "inputs": self._inputs(), "files": files}
                 (partial / "about.json").write_text(to_json(about))
                 commit(partial, path)
                 for old in sorted(_complete(self.directory))[: -self.keep]:
                     shutil.rmtree(_path(self.directory, old))
             except OSError as error:
                 failure = error
-        if failure := self.ranks.gather(failure, self.group)[0]:  # no rank goes on before it is there
+        if failure := self.ranks.gather(failure, self.group)[0]:  # no rank continues before it is complete
             raise failure
 
     def _damaged(self, path: Path, step: int) -> list[str]:
-        """What is wrong with it: of this rank's share of the files, those that are not what was written."""
+        """What is wrong with a checkpoint: this rank's share of the files is compared with the digests."""
         try:
             about = read_json(path / "about.json")
             digests = dict(about["files"])
@@ -141,8 +148,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return ["about.json"]
         names = sorted(digests)[self.ranks.rank :: self.ranks.world_size]
+        files = {name: path / name for name in names}
         return [
-            name for name in names if not (path / name).is_file() or file_digest(path / name) != digests[name]
+            name for name, file in files.items() if not file.is_file() or file_digest(file) != digests[name]
         ]
 
     def _clear(self) -> None:
@@ -152,14 +160,13 @@ class Checkpoints:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """torch keeps a checkpoint's metadata as a pickle; this reads it without calling anything else."""
+    """torch stores a checkpoint's metadata as a pickle. This reads it without calling anything else."""
 
     def find_class(self, module: str, name: str):
         known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         known = known or (module, name) in (("pathlib", "PosixPath"), ("torch.serialization", "_get_layout"))
-        if known or (
-            module == "torch" and (name == "Size" or isinstance(getattr(torch, name, 0), torch.dtype))
-        ):
+        known = known or (module, name) == ("torch", "Size")
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint contains")
 
@@ -175,30 +182,33 @@ class _TensorReader(dcp.FileSystemReader):
 
 class _TensorPlanner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item, value) -> None:
-        """torch unpickles what is no tensor. Nothing else is written here."""
-        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
+        """torch unpickles whatever is not a tensor; these checkpoints contain tensors only."""
+        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
-def room_needed(directory: Path, size: int, keep: int) -> int:
-    """Bytes that `keep` + 1 checkpoints of `size` bytes take in addition to those in `directory`."""
-    return size * max(0, keep + 1 - len(_complete(directory)))
+def bytes_to_write(directory: Path, architecture: ModelConfig, model: Model, part: Optimization) -> int:
+    """Bytes that training in `directory` and the export will write: 0 if it has been exported."""
+    if (directory / "model").is_dir():
+        return 0
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in Mistral(architecture).parameters())
+    checkpoints = max(0, part.keep_checkpoints + 1 - len(_complete(directory / "checkpoints")))
+    return count * (checkpoints * (4 + state_bytes(part)) + getattr(torch, model.save_dtype).itemsize)
 
 
 def check_room(directory: Path, needed: int) -> None:
     """Raise OSError unless the disk of `directory` has room for so many bytes."""
-    there = directory
-    while not there.is_dir():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
-            f"{directory}: checkpoints and exported models will take {needed / 1e9:.3f} GB, and the disk has "
+            f"{directory}: checkpoints and exported models need {needed / 1e9:.3f} GB, and the disk has "
             f"{free / 1e9:.3f}; make room, lower train.keep_checkpoints, or run fewer iterations at a time"
         )
 
 
 def _put_aside(path: Path, why: str) -> None:
-    log.warning("%s: damaged (%s): put aside as *.damaged, going on from the one before it", path, why)
+    log.warning("%s: damaged (%s): renamed *.damaged, resuming from the one before it", path, why)
     aside = path.with_suffix(".damaged")
     shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
     path.rename(aside)
@@ -209,18 +219,18 @@ def _path(directory: Path, step: int) -> Path:
 
 
 def _complete(directory: Path) -> list[int]:
-    """Steps of the checkpoints that are there."""
+    """Steps of the complete checkpoints."""
     names = (path.name.removeprefix("step-") for path in directory.glob("step-*"))
     return [int(name) for name in names if name.isdigit()]
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank on which it did."""
+    """The error of the first rank that had one."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card: str, ranks: Ranks) -> None:
-    """Write sharded parameters as a Hugging Face directory that transformers loads, complete or not at all.
+    """Write sharded parameters as a Hugging Face directory that is complete or absent.
 
     Every rank takes part in gathering, one parameter at a time; the first writes. Tokenizer files come from
     `tokenizer`, a model directory or a sentencepiece file; `card` becomes README.md.
@@ -232,10 +242,10 @@ def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card
         return whole(parameters[name].detach().to(dtype))
 
     if ranks.first:
-        with whole_directory(path) as partial:
-            write_checkpoint(partial, model.config, shapes, get, dtype)
-            copy_tokenizer(tokenizer, partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        with whole_directory(path) as new:
+            write_checkpoint(new, model.config, shapes, get, dtype)
+            copy_tokenizer(tokenizer, new)
+            (new / "README.md").write_text(card, encoding="utf-8")
     else:
         write_checkpoint(path, model.config, shapes, get, dtype, write=False)
     ranks.barrier()

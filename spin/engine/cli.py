@@ -1,4 +1,4 @@
-"""What the three scripts share on the command line."""
+"""The command line that the scripts share."""
 
 import argparse
 import logging
@@ -8,16 +8,16 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 
-from spin.config import Recipe
 from spin.engine.distributed import lost_rank
-from spin.trainer import Stopped
+from spin.engine.recipe import Recipe
+from spin.engine.signals import Stopped
 
 log = logging.getLogger("spin")
 EPILOG = "Any setting of spin/config.py can be given as --section.key=value, e.g. --train.lr=1e-7."
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with --config; what it does not know must be overrides of settings."""
+    """A parser with --config; other arguments are taken for settings."""
     result = argparse.ArgumentParser(description=description, epilog=EPILOG, allow_abbrev=False)
     result.add_argument("--config", default="configs/tiny.toml", help="recipe (default: configs/tiny.toml)")
     return result
@@ -26,7 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(
     arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None, more: Sequence[str] = ()
 ) -> tuple[argparse.Namespace, Recipe]:
-    """The parsed arguments (of the command line, if None), and the recipe with their overrides and `more`."""
+    """The parsed arguments, and the recipe with their overrides and `more`."""
     known, overrides = arguments.parse_known_args(argv)
     return known, Recipe(known.config, [*overrides, *more])
 
@@ -36,32 +36,29 @@ def iterations(text: str, base: bool = False) -> list[int]:
     result: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
+        last = last if dash else first
         if base and part == "base":
             result.add(-1)
-        elif first.isdigit() and (last.isdigit() if dash else True) and int(first) <= int(last or first):
-            result.update(range(int(first), int(last or first) + 1))
+        elif first.isdigit() and last.isdigit() and len(last) <= 4 and int(first) <= int(last):
+            result.update(range(int(first), int(last) + 1))
         else:
             raise ValueError(
-                f"--iter {text}: write a number, a range or several, as in 0 or 0-2 or {'base,' * base}0,3"
+                f"--iter {text}: give a number up to 9999, a range or several, as in 0 or 0-2 or "
+                f"{'base,' * base}0,3"
             )
     return sorted(result)
 
 
 @contextmanager
 def errors_in_words():
-    """Show what the user can mend as one line, without a traceback; log to standard error, from the first
-    rank only.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(
-        format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr
-    )
+    """Show errors that a user can solve as one line; log to standard error, from the first rank only."""
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(
-            "stopped; the same command goes on from what is there, training from its last checkpoint"
-        ) from None
+        raise SystemExit("stopped; run the same command again to resume") from None
     except Stopped as stopped:
         log.info(stopped)
         raise SystemExit(143) from None  # as a process that a signal ended
@@ -69,11 +66,9 @@ def errors_in_words():
         if not lost_rank(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        log.warning(
-            "rank %d: another rank has ended, as its own error says, or cannot be reached (%s)", rank, reason
-        )
-        time.sleep(10)  # torchrun names the rank that ended first, and ends the others meanwhile
+        log.warning("rank %s: another rank has ended, see its error, or is unreachable (%s)", rank, reason)
+        time.sleep(10)  # torchrun reports the rank that ended first, and ends the others meanwhile
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:
-        name = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        name = f" (rank {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         raise SystemExit(f"error{name}: {error}") from None

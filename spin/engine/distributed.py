@@ -1,6 +1,6 @@
-"""Process group, mesh, sharding and reductions: the only place that knows of ranks.
+"""Process group, mesh, sharding and reductions: apart from checkpoints, the only code that knows of ranks.
 
-`python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On CPU
+`python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On a CPU
 the collectives are gloo's.
 """
 
@@ -25,8 +25,7 @@ from model.kv_cache import free_memory
 from model.mistral import Mistral
 from model.weights import Checkpoint
 
-# A rank may wait this long for another: longer than one finishes its prompts, hashes a checkpoint or writes a
-# shard.
+# How long a rank waits for another, which may still be sampling, hashing a checkpoint or writing a shard.
 PATIENCE = timedelta(hours=4)
 
 
@@ -45,31 +44,20 @@ class Ranks:
         return self.rank == 0
 
     def progress(self, total: int, desc: str, unit: str, initial: int = 0, **settings) -> tqdm:
-        """A progress bar with rate and remaining time, on the first rank; a log file gets a line's worth less
-        often.
-        """
+        """A progress bar with rate and remaining time, on the first rank; in log files updated less often."""
         seconds = 0.2 if sys.stderr.isatty() else 10.0
-        return tqdm(
-            total=total,
-            desc=desc,
-            unit=unit,
-            initial=initial,
-            mininterval=seconds,
-            disable=not self.first,
-            **settings,
-        )
+        settings |= {"desc": desc, "unit": unit, "initial": initial, "mininterval": seconds}
+        return tqdm(total=total, disable=not self.first, **settings)
 
     def release_memory(self) -> None:
-        """Give back the memory of models that are no longer used: FSDP's reference cycles outlive their last
-        name.
-        """
+        """Free the memory of models that are no longer used, whose FSDP modules are reference cycles."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def free_memory(self) -> int:
-        """Bytes that this rank may take: what its GPU has free, or its share of what the machine has."""
+        """Free bytes of this rank's GPU, or its share of the machine's."""
         sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return free_memory(self.device) // sharing
 
@@ -107,11 +95,11 @@ class Ranks:
         return values
 
     def new_group(self):
-        """All ranks once more, for collectives on the CPU in a thread of their own."""
+        """Another group of all ranks, for CPU collectives in a thread of their own."""
         return dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def from_first(self, make):
-        """make() of the first rank, on every rank; if it raises there, every rank raises."""
+        """make() of the first rank, on every rank; an OSError or ValueError there is raised on every rank."""
         box = [None, None]
         if self.first:
             try:
@@ -126,35 +114,26 @@ class Ranks:
 
 def this_device() -> torch.device:
     """The GPU of this process, or the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo's exceptions have no class of their
-    own.
-    """
-    return (
-        isinstance(error, dist.DistError)
-        or "by peer" in str(error)
-        or "Connection refused" in str(error)
-        or "Broken pipe" in str(error)
-    )
+    """Whether a collective failed because another rank has ended; gloo has no exception class for that."""
+    signs = ("by peer", "Connection refused", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 @contextmanager
 def ranks(shard_size: int = 0):
     """Join the process group that torchrun describes, or a group of one; leave it at the end.
 
-    `shard_size` ranks hold one copy of a sharded model's parameters between them, all ranks if it is 0;
-    groups of so many follow each other, so that with a node's count of GPUs a node has its own copy. Raises
-    ValueError if it does not divide the number of ranks.
+    Groups of `shard_size` consecutive ranks (0: all) each hold one copy of a sharded model's parameters: with
+    the number of GPUs per node, each node has a copy. Raises ValueError if it doesn't divide the ranks.
 
-    After an error it is not left: that waits for the other ranks, which wait in a collective for this one.
-    The process ends with its error instead, and torchrun ends the others.
+    After an error, one of several ranks doesn't leave: that would wait for the others, which wait in a
+    collective. The process ends with its error, and torchrun ends the others.
     """
     device = this_device()
     if device.type == "cuda":
@@ -164,14 +143,20 @@ def ranks(shard_size: int = 0):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # After a restart torchrun's store still has the addresses of the ranks that died. (One agent
-            # alone counts the restarts; of several each counts its own: for them
+            # counts the restarts; of several each counts its own: they need
             # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/clusters.md.)
             store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    group = Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(device.type, shard_size))
-    yield group
+    alone = dist.get_world_size() == 1
+    try:
+        group = Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(device.type, shard_size))
+        yield group
+    except BaseException:
+        if alone:  # a notebook's next cell starts again
+            dist.destroy_process_group()
+        raise
     group.release_memory()
     group.barrier()  # no rank leaves while another still works
     dist.destroy_process_group()
@@ -179,7 +164,7 @@ def ranks(shard_size: int = 0):
 
 @contextmanager
 def pretended_ranks(world_size: int, shard_size: int = 0):
-    """The first of `world_size` ranks on the CPU, whose collectives do nothing: for spin/plan.py."""
+    """The first of `world_size` simulated ranks on the CPU, whose collectives do nothing (spin/plan.py)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -206,10 +191,10 @@ def sharded_model(
     attention: str = "auto",
     compile: bool = False,
 ) -> Mistral:
-    """A model whose fp32 parameters are sharded as `ranks.mesh` says (FSDP2) and which computes in `dtype`.
+    """A model with fp32 parameters sharded over `ranks.mesh` (FSDP2), which computes in `dtype`.
 
-    Gradients are reduced in fp32. `source` is a model directory, of which a rank reads the rows of its shards
-    and no more; or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
+    Gradients are reduced in fp32. `source` is a model directory, of which each rank reads only its shards'
+    rows, or an architecture, whose weights are drawn from `seed` (the same on any number of ranks).
     """
     config = source if isinstance(source, ModelConfig) else ModelConfig.from_pretrained(source)
     with torch.device("meta"):
@@ -217,12 +202,12 @@ def sharded_model(
     if not isinstance(source, ModelConfig):
         checkpoint = Checkpoint(source)
         checkpoint.check(model)
-    # Angles stay fp32, hence no cast of a block's inputs; what flows between blocks has `dtype` by itself.
+    # Rotary angles stay fp32, so a block's inputs are not cast; activations have `dtype` already.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = ranks.mesh if ranks.mesh["replicas"].size() > 1 else ranks.mesh["shards"]
     for block in model.model["layers"]:  # type: ignore[attr-defined]  # for ModuleDict, any Module
         block.checkpointing = checkpointing
-        if compile:  # attention's segments differ in every pack, so it stays outside
+        if compile:  # attention is left out: its segments differ in every pack
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -247,7 +232,7 @@ def shard_rows(parameter: torch.Tensor) -> slice:
 
 
 def fsdp(model: Mistral) -> FSDPModule:
-    """A sharded model as the class whose methods `fully_shard` gave it."""
+    """A sharded model as the class that `fully_shard` mixed into it."""
     assert isinstance(model, FSDPModule)
     return model
 

@@ -1,14 +1,15 @@
-"""What a step leaves: a line of metrics.jsonl, and TensorBoard events where the recipe asks for them."""
+"""metrics.jsonl, and TensorBoard events where the recipe asks for them."""
 
 import importlib.util
-import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from spin.engine.files import write_whole
+from spin.engine.files import open_own, read_jsonl, to_jsonl, write_whole
 
-# Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits.
+# Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of the device's name; the first that matches counts.
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -20,50 +21,50 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of this GPU's bf16 matrix units, if it is known."""
+    """Peak bf16 FLOP/s of this GPU, if it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def check_tensorboard() -> None:
-    """Raise ValueError if the package is not there."""
+    """Raise ValueError if the package is not installed."""
     if not importlib.util.find_spec("tensorboard"):
-        raise ValueError(
-            "tensorboard = true needs the package tensorboard: pip install tensorboard, or set it to false"
-        )
+        raise ValueError("tensorboard = true needs the package: pip install tensorboard, or set it to false")
 
 
 class Log:
-    """metrics.jsonl: one object a step. Steps after `start`, which a killed run had logged, are taken off."""
+    """metrics.jsonl: one object per step. Steps after `start`, which a killed run had logged, are removed."""
 
     def __init__(self, directory: Path, start: int, tensorboard: bool = False):
         path = directory / "metrics.jsonl"
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= start))
-        self._file = open(path, "a", buffering=1)  # a line is written as a whole
+        write_whole(path, to_jsonl(row for row in read_log(path) if row["step"] <= start))
+        self._opened = ExitStack()
+        self._file = self._opened.enter_context(open_own(path, "a"))
         self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
-    def write(self, metrics: dict) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+    def write(self, metrics: dict, bar: tqdm) -> None:
+        """Append a step's metrics, and show some of them on the progress bar."""
+        self._file.write(to_jsonl([metrics]).encode())
+        self._file.flush()
         if self._events:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, metrics["step"])
+        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics}
+        bar.set_postfix(shown | {"tokens/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
+        self._opened.close()
         if self._events:
             self._events.close()
 
 
 def read_log(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl, also of one that is being written: what follows the last line's end is
-    left out.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The steps of a metrics.jsonl, also while it is being written; none if it doesn't exist."""
+    return [row for _, row in read_jsonl(path, whole_lines=True)] if path.is_file() else []

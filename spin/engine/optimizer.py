@@ -1,4 +1,4 @@
-"""RMSProp in place: what it needs beside parameters, gradients and state is one chunk."""
+"""RMSProp in place: apart from parameters, gradients and state it needs memory for one chunk only."""
 
 from collections.abc import Iterable
 
@@ -8,20 +8,18 @@ from torch import Tensor
 from spin.config import Optimization
 from spin.engine.distributed import local
 
-# Elements updated at a time: on a CPU what its caches hold, on a GPU enough to keep it busy.
+# Elements updated at a time: as many as fit a CPU's caches, or keep a GPU busy.
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 class RMSprop(torch.optim.Optimizer):
     """v ← α v + (1 − α) g²,  θ ← θ − lr · g / (√v + ε): torch.optim.RMSprop without momentum or weight decay.
 
-    The second moment v may be kept in bfloat16, for half of its memory. Its neighbours there are up to 2^-7
-    apart (relative) and a step moves v by some hundredths at most: to the nearest, a small change would be
-    rounded away every time, and v would stay where it is. So it is rounded up or down at random, in
-    proportion to the distance: then the kept value's expectation is v's. What is left is noise of at most
-    2^-8 a step, forgotten at the rate 1 − α like the gradients' own, hence of 2^-8 / √(1 − α²) = 2.8% in v
-    and 1.4% in the length of a step at the most. The random bits depend on the group's "step" and the
-    parameter's place.
+    The second moment v may be kept in bfloat16, for half the memory. bfloat16 neighbors are up to 2^-7 apart
+    (relative), and a step changes v by some hundredths at most, so round-to-nearest would discard every small
+    update. Stochastic rounding keeps the expectation of v. Its noise, at most 2^-8 a step, decays at the rate
+    1 − α as the gradients' own does: 2^-8 / √(1 − α²) = 2.8% of v, 1.4% of the length of a step. The random
+    bits depend on the group's "step" and the parameter's place.
     """
 
     def __init__(
@@ -37,12 +35,12 @@ class RMSprop(torch.optim.Optimizer):
         self.chunk = CHUNK[self.param_groups[0]["params"][0].device.type]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # which casts the state to the parameters' dtype
+        super().load_state_dict(state_dict)  # casts the state to the parameters' dtype
         for state in self.state.values():
             state["square_avg"] = state["square_avg"].to(self.second_moment)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]  # no closure is ever given
+    def step(self, closure=None) -> None:  # type: ignore[override]  # torch passes closure=None
         for group in self.param_groups:
             lr, alpha, eps = float(group["lr"]), group["alpha"], group["eps"]
             for place, parameter in enumerate(group["params"]):
@@ -66,8 +64,8 @@ class RMSprop(torch.optim.Optimizer):
 
 
 def randomly_rounded(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Round x, fp32, to a bfloat16 neighbour at random, with expectation x. Overwrites x."""
-    bits = x.view(torch.int32)  # bfloat16 is the upper half of fp32's bits
+    """Round x (fp32) to a bfloat16 neighbor at random, with expectation x. Overwrites x."""
+    bits = x.view(torch.int32)  # bfloat16 is the upper half of the bits of fp32
     bits += torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     bits &= -(1 << 16)
     return x.bfloat16()
@@ -79,7 +77,7 @@ def state_bytes(part: Optimization) -> int:
 
 
 def make_optimizer(part: Optimization, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """RMSProp as the paper has it (alpha 0.99, eps 1e-8, no momentum), or AdamW; no weight decay."""
+    """RMSProp as in the paper (alpha 0.99, eps 1e-8, no momentum), or AdamW; no weight decay."""
     if part.optimizer == "rmsprop":
         return RMSprop(parameters, lr=part.lr, second_moment=getattr(torch, part.second_moment))
     return torch.optim.AdamW(parameters, lr=part.lr, weight_decay=0.0, foreach=True)

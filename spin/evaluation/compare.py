@@ -1,70 +1,69 @@
-"""Two evaluations, document by document: what flipped, and whether the difference is more than chance."""
+"""Compare two evaluations document by document: what flipped, and whether the difference is significant."""
 
-import json
 import math
 from pathlib import Path
 
-from spin.engine.files import read_json
-from spin.evaluation.statistics import paired_test, sign_test
+from spin.engine.files import read_json, read_jsonl
+from spin.evaluation.statistics import METRICS, paired_test, sign_test
 
-METRICS = ("acc", "acc_norm", "exact_match", "exact_match_flexible", "exact_match_sampled", "logp")
-SHOWN = 12
+SHOWN = 12  # documents that are listed of each kind of flip
+HEADER = """\
+| task | metric | documents | A | B | B - A | only A right | only B right | p |
+|---|---|---|---|---|---|---|---|---|"""
+NOTE = "p: two-sided, if A and B were equally good; not corrected for the number of tasks."
 
 
 def compare(a: Path, b: Path) -> str:
-    """Markdown: for each task in both, the metrics of each, documents that flipped, and p of a paired test.
+    """Markdown: for each task in both, both metrics, the documents that flipped, and p of a paired test.
 
     The test is McNemar's exact one where a document is right or wrong, else the normal one on paired
-    differences. Raises FileNotFoundError, or ValueError where there is nothing in common or the documents
-    were not the same.
+    differences. Raises FileNotFoundError, or ValueError if no task was evaluated the same way in both.
     """
-    summaries = []
     for directory in (a, b):
         if not (directory / "summary.json").is_file():
-            raise FileNotFoundError(
-                f"{directory / 'summary.json'}: no such file; an evaluation's directory is needed"
-            )
-        summaries.append(read_json(directory / "summary.json"))
-    lines = [
-        "| task | metric | documents | A | B | B - A | only A right | only B right | p |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    flips, others = [], []
-    names = [
-        name
-        for name in summaries[0]["tasks"]
-        if name in summaries[1]["tasks"] and (a / f"{name}.jsonl").is_file()
-    ]
-    for name in names:
-        rows = [_rows(directory / f"{name}.jsonl") for directory in (a, b)]
-        # The data's own digest may differ where the documents asked do not.
-        origins = [summary.get("origins", {}).get(name, {}) for summary in summaries]
-        asked = [origin | {"data": [_identity(row) for row in part]} for origin, part in zip(origins, rows)]
-        if differing := [key for key in asked[0] if asked[0][key] != asked[1].get(key)]:
-            kinds = ["documents or examples" if key in ("data", "documents") else key for key in differing]
-            others.append(f"{name} (another {', '.join(dict.fromkeys(kinds))})")
+            raise FileNotFoundError(f"{directory}: no summary.json; an evaluation's directory is needed")
+    summaries = [read_json(directory / "summary.json") for directory in (a, b)]
+    lines: list[str] = []
+    flips: list[str] = []
+    others: list[str] = []
+    for name in summaries[0]["records"]:
+        if name not in summaries[1]["records"]:
+            continue
+        rows = [[row for _, row in read_jsonl(directory / f"{name}.jsonl")] for directory in (a, b)]
+        if differing := _differing(*(summary["records"][name] for summary in summaries), *rows):
+            others.append(f"{name} (another {', '.join(differing)})")
             continue
         for metric in (metric for metric in METRICS if metric in rows[0][0]):
-            lines.append(_line(name, metric, *([row[metric] for row in part] for part in rows)))
-            if isinstance(rows[0][0][metric], int):
-                lost, won = (
-                    [str(x["doc"]) for x, y in zip(*rows) if (x[metric], y[metric]) == pair]
-                    for pair in ((1, 0), (0, 1))
-                )
-                for what, docs in (("only A right", lost), ("only B right", won)):
-                    if docs:
-                        more = f" and {len(docs) - SHOWN} more" if len(docs) > SHOWN else ""
-                        flips.append(f"- {name} {metric}, {what}: {', '.join(docs[:SHOWN])}{more}")
-    if len(lines) == 2:
-        which = f"; not asked the same: {', '.join(others)}" if others else ""
-        raise ValueError(f"{a} and {b} have no task with scores to compare{which}")
-    note = (
-        "p: two-sided, of a difference as large if A and B were equally good; not corrected for the "
-        "number of tasks."
-    )
-    left_out = [f"Not compared, for they were not asked the same: {', '.join(others)}.\n"] if others else []
+            values = [[row[metric] for row in part] for part in rows]
+            lines.append(_line(name, metric, *values))
+            flips += _flips(f"{name} {metric}", *values)
+    left_out = f"not evaluated the same way: {', '.join(others)}"
+    if not lines:
+        raise ValueError(f"{a} and {b} have no task to compare{f'; {left_out}' if others else ''}")
     flipped = ["Documents that flipped, by number:\n", *flips, ""] if flips else []
-    return "\n".join([*flipped, *left_out, f"A: {a}\nB: {b}\n", *lines, "", note])
+    excluded = [f"Excluded, {left_out}.\n"] if others else []
+    return "\n".join([*flipped, *excluded, f"A: {a}\nB: {b}\n", HEADER, *lines, "", NOTE])
+
+
+def _differing(a: dict, b: dict, rows_a: list[dict], rows_b: list[dict]) -> list[str]:
+    """Which keys of two records differ, apart from the model. Data may differ in documents not evaluated."""
+    keys = [key for key in a if key not in ("model", "dtype", "data", "documents") and a[key] != b.get(key)]
+    asked = [
+        [(row["doc"], row.get("hash", row.get("prompt", row.get("question_id")))) for row in rows]
+        for rows in (rows_a, rows_b)
+    ]
+    return keys + ["documents or examples"] * (asked[0] != asked[1])
+
+
+def _flips(what: str, a: list, b: list) -> list[str]:
+    """A line for the documents that only A has right, and one for those that only B has right."""
+    result = []
+    for side, pair in (("A", (1, 0)), ("B", (0, 1))):
+        docs = [str(doc) for doc, values in enumerate(zip(a, b)) if values == pair and isinstance(a[0], int)]
+        more = f" and {len(docs) - SHOWN} more" if len(docs) > SHOWN else ""
+        if docs:
+            result.append(f"- {what}, only {side} right: {', '.join(docs[:SHOWN])}{more}")
+    return result
 
 
 def _line(name: str, metric: str, a: list[float], b: list[float]) -> str:
@@ -74,18 +73,6 @@ def _line(name: str, metric: str, a: list[float], b: list[float]) -> str:
         counts, p = f"{lost} | {won}", sign_test(lost, won)
     else:
         counts, p = " | ", paired_test([y - x for x, y in zip(a, b)])
-    shown = [f"{mean:.4f}" for mean in means] + [f"{means[1] - means[0]:+.4f}"]
-    return f"| {name} | {metric} | {len(a)} | {' | '.join(shown)} | {counts} | {_p(p)} |"
-
-
-def _p(p: float) -> str:
-    return "" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
-def _identity(row: dict) -> tuple:
-    return row["doc"], row.get("hash", row.get("prompt", row.get("question_id")))
-
-
-def _rows(file: Path) -> list[dict]:
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    shown = "" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.4f}"
+    values = f"{means[0]:.4f} | {means[1]:.4f} | {means[1] - means[0]:+.4f}"
+    return f"| {name} | {metric} | {len(a)} | {values} | {counts} | {shown} |"

@@ -1,9 +1,7 @@
-"""MT-Bench's questions, answered in FastChat's form, and its judge's verdicts, read back.
+"""MT-Bench: answers in the format of FastChat, whose gen_judgment.py scores them, and its judge's scores.
 
-The answers are <evaluation>/mt_bench.jsonl, in the form of FastChat's
-data/mt_bench/model_answer/<model>.jsonl: copied there under the name of its model_id, FastChat's own
-gen_judgment.py scores them. What that leaves, data/mt_bench/model_judgment/<judge>_single.jsonl, goes to
-<run>/mt_bench_judgment/ for the report.
+<evaluation>/mt_bench.jsonl has the format of FastChat's data/mt_bench/model_answer/<model_id>.jsonl. What the
+judge writes, data/mt_bench/model_judgment/<judge>_single.jsonl, is copied to <run>/mt_bench_judgment/.
 """
 
 import hashlib
@@ -11,154 +9,100 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import mean
 
-from model.tokenizer import Tokenizer
+from model.tokenizer import Message
 from spin.config import Data, Evaluate
-from spin.data import read_rows
-from spin.engine.files import file_digest
-from spin.evaluation.engine import Engine
+from spin.engine.files import file_digest, read_jsonl
+from spin.evaluation.task import LoadedModel, Task
 
 log = logging.getLogger("spin")
 QUESTIONS = "mt_bench/question.jsonl"
+URL = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/mt_bench/question.jsonl"
 MAX_NEW_TOKENS = 1024
-# FastChat's temperatures by category; 0.7 where it says nothing.
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "arena-hard-200": 0.0,
-}
+# FastChat's temperatures by category; 0.7 for all others.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0)
 
 
-class MTBench:
-    """Two turns a question, the second asked after the first one's answer; FastChat's temperatures."""
-
-    name = "mt_bench"
-
-    def __init__(self, settings: Evaluate, data: Data, template: str):
-        self.settings, self.template, self.file = settings, template, Path(settings.data) / QUESTIONS
-        self.questions = [self._checked(where, row) for where, row in read_rows(str(self.file))]
-        self.questions = self.questions[: settings.limit or None]
-        if template == "plain":
-            log.warning(
-                "mt_bench: the questions are put as they are; for a chat model set train.template, to "
-                "zephyr, say"
-            )
-
-    @staticmethod
-    def missing(settings: Evaluate) -> str:
-        """What is not there, with the command that gets it; empty if all is."""
-        file = Path(settings.data) / QUESTIONS
-        if file.is_file():
-            return ""
-        source = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/mt_bench/question.jsonl"
-        return f"{file}: no such file; get it by\n    curl --create-dirs -o {file} {source}"
-
-    @staticmethod
-    def _checked(where: str, row: dict) -> dict:
-        turns = row.get("turns") if isinstance(row, dict) and "question_id" in row else None
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+def load_mt_bench(settings: Evaluate, data: Data, template: str) -> Task:
+    """Raises FileNotFoundError, with the download command, or ValueError for a bad question."""
+    file = Path(settings.data) / QUESTIONS
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; get it by\n    curl --create-dirs -o {file} {URL}")
+    questions = []
+    for where, row in read_jsonl(file):
+        turns = row.get("turns")
+        texts = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+        if "question_id" not in row or not texts:
             raise ValueError(f"{where}: a question needs question_id, category and a list of turns")
-        return row
+        questions.append(row)
+    questions = questions[: settings.limit or None]
+    if template == "plain":
+        log.warning("mt_bench: asked without a chat template; for a chat model set train.template")
+    record = {"documents": file_digest(file), "number of documents": len(questions)}
+    record |= {"template": template, "seed": settings.seed}
+    costs = [4 * MAX_NEW_TOKENS * len(row["turns"]) for row in questions]
+    answer = partial(_answer, questions, template)
+    return Task("mt_bench", questions, record, costs, answer, _summarise, MAX_NEW_TOKENS)
 
-    def __len__(self) -> int:
-        return len(self.questions)
 
-    def origin(self) -> dict:
-        settings = {"template": self.template, "seed": self.settings.seed}
-        return {"documents": file_digest(self.file), "number of documents": len(self)} | settings
-
-    def check(self, tokenizer: Tokenizer, max_length: int) -> None:
-        if max_length <= MAX_NEW_TOKENS:
-            raise ValueError(
-                f"mt_bench: the model reads {max_length} tokens: no room for an answer; leave it out"
-            )
-
-    def cost(self, doc: int) -> float:
-        return 4 * MAX_NEW_TOKENS * len(self.questions[doc]["turns"])
-
-    def answers(self, engine: Engine, docs: Sequence[int]) -> Iterator[dict]:
-        talks: dict[int, list[dict]] = {doc: [] for doc in docs}
-        for turn in range(max(len(self.questions[doc]["turns"]) for doc in docs)):
-            asked = [doc for doc in docs if turn < len(self.questions[doc]["turns"])]
-            for temperature in sorted({self.temperature(doc) for doc in asked}):
-                together = [doc for doc in asked if self.temperature(doc) == temperature]
-                for doc in together:
-                    talks[doc].append({"role": "user", "content": self.questions[doc]["turns"][turn]})
-                most = engine.max_length - MAX_NEW_TOKENS
-                prompts = [
-                    engine.tokenizer.encode_prompt(talks[doc], self.template)[-most:] for doc in together
-                ]
-                stream = engine.generate(
-                    prompts,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    temperature=temperature,
-                    seed=self.settings.seed + turn,
-                    streams=together,
+def _answer(
+    questions: Sequence[dict], template: str, model: LoadedModel, docs: Sequence[int]
+) -> Iterator[dict]:
+    """A question has two turns; the second is asked after the answer to the first."""
+    turns = {doc: questions[doc]["turns"] for doc in docs}
+    temperatures = {doc: TEMPERATURES.get(questions[doc].get("category", ""), 0.7) for doc in docs}
+    talks: dict[int, list[Message]] = {doc: [] for doc in docs}
+    most = model.max_length - MAX_NEW_TOKENS
+    rounds = product(range(max(map(len, turns.values()))), sorted(set(temperatures.values())))
+    for turn, temperature in rounds:
+        asked = [doc for doc in docs if turn < len(turns[doc]) and temperatures[doc] == temperature]
+        for doc in asked:
+            talks[doc].append({"role": "user", "content": turns[doc][turn]})
+        prompts = [model.tokenizer.encode_prompt(talks[doc], template)[-most:] for doc in asked]
+        sampling = {"temperature": temperature, "seed": model.settings.seed + turn, "streams": asked}
+        for response in model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, **sampling):
+            doc = asked[response.index]
+            text = model.tokenizer.decode_continuation(response.ids).strip()
+            talks[doc].append({"role": "assistant", "content": text})
+            model.tick(4 * MAX_NEW_TOKENS)
+            if turn == len(turns[doc]) - 1:
+                yield {"doc": doc} | _row(
+                    model.name, questions[doc], [said["content"] for said in talks[doc][1::2]]
                 )
-                for response in stream:
-                    doc = together[response.index]
-                    text = engine.tokenizer.decode_continuation(response.ids).strip()
-                    talks[doc].append({"role": "assistant", "content": text})
-                    engine.tick(self.cost(doc) / len(self.questions[doc]["turns"]))
-                    if turn == len(self.questions[doc]["turns"]) - 1:
-                        yield self._answer(engine.name, doc, [said["content"] for said in talks[doc][1::2]])
 
-    def _answer(self, model: str, doc: int, turns: list[str]) -> dict:
-        question = self.questions[doc]["question_id"]
-        return {
-            "doc": doc,
-            "question_id": question,
-            "answer_id": hashlib.sha256(json.dumps([model, question, turns]).encode()).hexdigest()[:22],
-            "model_id": model,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": time.time(),
-        }
 
-    def temperature(self, doc: int) -> float:
-        return TEMPERATURES.get(self.questions[doc].get("category", ""), 0.7)
+def _row(model: str, question: dict, answers: list[str]) -> dict:
+    """FastChat's form of an answer."""
+    number = question["question_id"]
+    answer_id = hashlib.sha256(json.dumps([model, number, answers]).encode()).hexdigest()[:22]
+    row = {"question_id": number, "answer_id": answer_id, "model_id": model}
+    return row | {"choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}
 
-    def summary(self, rows: Sequence[dict]) -> dict:
-        empty = sum(not text for row in rows for text in row["choices"][0]["turns"])
-        return {
-            "documents": len(rows),
-            "harness": "FastChat",
-            "few_shot": 0,
-            "model_id": rows[0]["model_id"],
-            "empty": empty,
-        }
+
+def _summarise(rows: Sequence[dict]) -> dict:
+    empty = sum(not text for row in rows for text in row["choices"][0]["turns"])
+    about = {"documents": len(rows), "harness": "FastChat", "few_shot": 0}
+    return about | {"model_id": rows[0]["model_id"], "empty": empty}
 
 
 def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
-    """{model_id: {"turn 1", "turn 2", "average": mean score}} from the judge's files in `directory`.
+    """{model_id: {"turn 1", "turn 2", "average": mean score}} from the judge's file in `directory`.
 
-    Verdicts without a score (-1) are left out, as FastChat's show_result.py does.
+    Judgments without a score (-1) are left out, as in FastChat's show_result.py.
     """
-    scores: dict[str, dict[int, list[float]]] = {}
     files = sorted(directory.glob("*.jsonl"))
     if len(files) > 1:
-        raise ValueError(
-            f"{directory}: {len(files)} files, where one judge's verdicts are wanted: {files[0].name}, …"
-        )
-    for file in files:
-        for where, row in read_rows(str(file)):
-            if not isinstance(row, dict) or not {"model", "score", "turn"} <= row.keys():
-                raise ValueError(
-                    f"{where}: a verdict needs model, turn and score; is it FastChat's single-answer grading?"
-                )
-            if row["score"] != -1:
-                scores.setdefault(row["model"], {}).setdefault(row["turn"], []).append(row["score"])
-    result = {}
-    for model, turns in scores.items():
-        every = [score for of_turn in turns.values() for score in of_turn]
-        result[model] = {
-            f"turn {turn}": sum(of_turn) / len(of_turn) for turn, of_turn in sorted(turns.items())
-        }
-        result[model]["average"] = sum(every) / len(every)
-    return result
+        raise ValueError(f"{directory}: {len(files)} files; one judge's verdicts are needed")
+    scores: dict[str, dict[str, list[float]]] = {}
+    for where, row in (line for file in files for line in read_jsonl(file)):
+        if not {"model", "score", "turn"} <= row.keys():
+            raise ValueError(f"{where}: a verdict needs model, turn and score, as in single-answer grading")
+        if row["score"] != -1:
+            for key in (f"turn {row['turn']}", "average"):
+                scores.setdefault(row["model"], {}).setdefault(key, []).append(row["score"])
+    return {model: {key: mean(values) for key, values in of.items()} for model, of in scores.items()}

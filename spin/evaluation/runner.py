@@ -1,14 +1,14 @@
-"""All tasks of one model: what is missing is run, on any number of ranks, and what is there is kept.
+"""Evaluate one model on all tasks: missing documents are run, on any number of ranks, and results are kept.
 
-A task leaves <directory>/<task>.jsonl, an object for each document, and its line in <directory>/summary.json.
-Until then its documents are in <directory>/partial/, a file for each rank, from which a killed run goes on.
+A finished task has <directory>/<task>.jsonl, an object for each document, and in <directory>/summary.json its
+metrics ("tasks") and what they depend on ("records"). A task in progress has its rows in
+<directory>/<task>.partial/.
 """
 
-import json
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,125 +19,156 @@ from model.tokenizer import Tokenizer
 from model.weights import fingerprint, load_model
 from spin.config import Config, Data, Evaluate
 from spin.engine.distributed import Ranks
-from spin.engine.files import cut_unfinished_line, read_json, to_json, write_whole
-from spin.evaluation.benchmark import Benchmark
-from spin.evaluation.engine import Engine, Task
-from spin.evaluation.heldout import Heldout
-from spin.evaluation.mt_bench import MTBench
+from spin.engine.files import read_json, to_json, to_jsonl, write_whole
+from spin.engine.stages import Rows, check_claim, check_record
+from spin.evaluation.benchmark import load_benchmark
+from spin.evaluation.heldout import load_heldout
+from spin.evaluation.mt_bench import load_mt_bench
 from spin.evaluation.scoring import Encoder
-from spin.evaluation.statistics import pooled
-from spin.evaluation.tasks import BENCHMARKS, GROUPS, HARNESSES, MMLU_GROUPS
+from spin.evaluation.task import LoadedModel, Task
+from spin.evaluation.tasks import BENCHMARKS, GROUPS, HARNESSES, mmlu_groups, subjects_with_data
 
+SLICE = 1024  # documents that are answered before all of their rows are written
+OWN = {"heldout": load_heldout, "mt_bench": load_mt_bench}
 log = logging.getLogger("spin")
 
 
 def load_tasks(config: Config) -> list[Task]:
-    """The tasks that evaluate.tasks names, with their documents.
+    """The tasks of evaluate.tasks. Raises ValueError for an unknown task or a bad document.
 
-    Raises FileNotFoundError, naming for every data set that is not there the command that gets it, or
-    ValueError for an unknown task or a document that cannot be asked.
+    Raises FileNotFoundError, with the command that downloads each missing data set.
     """
     return _load(config.evaluate, config.data, config.train.template) if config.evaluates else []
 
 
-@lru_cache(8)  # iterations mostly have the same ones
-def _load(settings: Evaluate, form: Data, template: str) -> list[Task]:
+@lru_cache(8)  # most iterations have the same tasks
+def _load(settings: Evaluate, data: Data, template: str) -> list[Task]:
     if settings.harness not in HARNESSES:
         raise ValueError(f"evaluate.harness = {settings.harness!r} is not one of {', '.join(HARNESSES)}")
-    own: dict[str, type[Heldout | MTBench]] = {"heldout": Heldout, "mt_bench": MTBench}
-    data = Path(settings.data)
-    wanted: list[str] = []
-    absent: list[str] = []
-    for name in filter(None, (name.strip() for name in settings.tasks.split(","))):
-        if name not in (*own, *BENCHMARKS, *GROUPS):
-            known = ", ".join(
-                [*own, *GROUPS, *(n for n in BENCHMARKS if not n.startswith("mmlu_")), "mmlu_<subject>"]
-            )
-            raise ValueError(f"evaluate.tasks: unknown task {name!r}; known are {known}")
-        for member in [name] if name == "mmlu" else GROUPS.get(name, [name]):
-            if member == "mmlu":  # the subjects that are there, if any are
-                sources = {subject: BENCHMARKS[subject].source for subject in GROUPS["mmlu"]}
-                there = [subject for subject, source in sources.items() if not source.missing(data)]
-                if not there:
-                    command = BENCHMARKS[GROUPS["mmlu"][0]].source.command(data)
-                    absent.append(
-                        f"{data / 'mmlu'}: no subject with a test and a dev split; get them by\n    {command}"
-                    )
-                elif len(there) < len(sources):
-                    log.warning(
-                        "%s: %d of MMLU's %d subjects; the others are left out",
-                        data / "mmlu",
-                        len(there),
-                        len(sources),
-                    )
-            else:
-                there = [member]
-                absent.append(
-                    own[member].missing(settings)
-                    if member in own
-                    else BENCHMARKS[member].source.missing(data)
-                )
-            wanted += [task for task in there if task not in wanted]
-    if any(absent):
-        raise FileNotFoundError("\n".join(filter(None, absent)))
+    folder, tasks, missing = Path(settings.data), {}, []
+    for name in _names(settings.tasks):
+        try:
+            if name in OWN:
+                tasks[name] = OWN[name](settings, data, template)
+                continue
+            for member in subjects_with_data(folder) if name == "mmlu" else [name]:
+                tasks[member] = load_benchmark(BENCHMARKS[member], folder, settings.limit, settings.harness)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
+    return list(tasks.values())
 
-    def load(name: str) -> Task:
-        return Benchmark(BENCHMARKS[name].load(data, settings.limit, settings.harness))
 
-    return [own[name](settings, form, template) if name in own else load(name) for name in wanted]
+def _names(tasks: str) -> list[str]:
+    """The names in evaluate.tasks, groups replaced by their members except for mmlu."""
+    names: list[str] = []
+    for name in filter(None, map(str.strip, tasks.split(","))):
+        if name not in (*OWN, *GROUPS, *BENCHMARKS):
+            known = [*OWN, *GROUPS, *(n for n in BENCHMARKS if not n.startswith("mmlu_")), "mmlu_<subject>"]
+            raise ValueError(f"evaluate.tasks: unknown task {name!r}; known are {', '.join(known)}")
+        names += GROUPS.get(name, [name])
+    return list(dict.fromkeys(names))
 
 
 def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> tuple[dict, bool]:
-    """Run every task that is not in `directory` yet. Returns the summary, and whether there was something to
-    do.
+    """Run every task that has no results in `directory`. Returns the summary, and whether any was run.
 
-    Raises ValueError for results there of another model or other settings.
+    Raises ValueError for existing results of another model or other settings.
     """
     settings, tasks, tokenizer = config.evaluate, load_tasks(config), Tokenizer(model_dir)
     bos = settings.harness != "0.4.0" and _adds_bos(tokenizer)
-    length = ModelConfig.from_pretrained(model_dir).max_position_embeddings
-    origin = {"model": ranks.from_first(lambda: fingerprint(model_dir)), "dtype": settings.dtype}
-    summary = ranks.from_first(lambda: _begin(directory, origin, tasks, bos))
+    common = {"model": ranks.from_first(lambda: fingerprint(model_dir)), "dtype": settings.dtype}
+    records = {task.name: common | task.record for task in tasks}
+    for record in records.values():
+        if "harness" in record:
+            record["bos"] = bos
+    summary = ranks.from_first(lambda: _summary(directory, common, records))
     missing = [task for task in tasks if task.name not in summary["tasks"]]
     for task in missing:
-        task.check(tokenizer, length)
+        _check_length(task, tokenizer, ModelConfig.from_pretrained(model_dir).max_position_embeddings)
     if missing:
-        model = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
-        engine = Engine(_name(config, model_dir), settings, model, tokenizer, Encoder(tokenizer, bos), ranks)
-        run_tasks(engine, missing, directory)
-        ranks.barrier()
+        weights = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
+        name = _model_name(config, model_dir)
+        model = LoadedModel(name, settings, weights, tokenizer, Encoder(tokenizer, bos), ranks)
+        _run(model, missing, records, directory)
         summary = ranks.from_first(lambda: read_json(directory / "summary.json"))
     elif tasks:
         log.info("%s: finished, nothing to do", directory)
-    if ranks.first:
-        shutil.rmtree(directory / "partial", ignore_errors=True)
     return summary, bool(missing)
 
 
-def run_tasks(engine: Engine, tasks: list[Task], directory: Path) -> None:
-    """Run the tasks one after the other, the documents of each dealt to the ranks by cost."""
-    ranks, dealt = engine.ranks, []
-    for task in tasks:
-        done = ranks.from_first(lambda: {row["doc"] for row in _rows(directory, task.name)})
-        left = sorted((doc for doc in range(len(task)) if doc not in done), key=lambda doc: -task.cost(doc))
-        dealt.append(sorted(left[ranks.rank :: ranks.world_size]))
-    total = sum(task.cost(doc) for task, mine in zip(tasks, dealt) for doc in mine)
-    with ranks.progress(math.ceil(total), f"evaluate {engine.name}", "token", unit_scale=True) as bar:
-        engine.tick = bar.update
-        for task, mine in zip(tasks, dealt):
+def _check_length(task: Task, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raise ValueError if the model cannot read the task's longest choice, or has no room for an answer."""
+    if max_length <= task.max_new_tokens:
+        what = "no room for an answer"
+    elif len(tokenizer.encode(task.longest_choice)) > max_length - 2:  # a blank before it may be one token
+        what = f"less than a choice has: {task.longest_choice:.100}"
+    else:
+        return
+    raise ValueError(f"{task.name}: the model reads {max_length} tokens: {what}; leave it out")
+
+
+def _summary(directory: Path, common: dict, records: dict[str, dict]) -> dict:
+    """The existing summary, or a new one. Raises ValueError if the results can't be resumed."""
+    file = directory / "summary.json"
+    if not file.is_file():
+        if any(path.name not in (".lock", "summary.json.partial") for path in directory.glob("*")):
+            raise ValueError(f"{directory}: exists and is no evaluation; choose another, or remove it")
+        write_whole(file, to_json({"tasks": {}, "records": {}}))
+    summary = read_json(file)
+    if "records" not in summary:
+        raise ValueError(f"{directory}: an older version's evaluation; remove it to evaluate again")
+    for name, record in summary["records"].items():  # a directory has results of one model
+        check_record(directory, record, records.get(name, common), name)
+    for partial in directory.glob("*.partial/"):
+        name, rows = partial.stem, [file for file in partial.glob("rank*.jsonl") if file.stat().st_size]
+        if name in summary["tasks"] or not rows:  # without rows, other settings may start
+            shutil.rmtree(partial)
+        elif name in records:
+            check_claim(partial, records[name])
+    return summary
+
+
+def _run(model: LoadedModel, tasks: Sequence[Task], records: dict[str, dict], directory: Path) -> None:
+    """Run tasks one after the other, each with its documents dealt to the ranks by cost."""
+    ranks = model.ranks
+    total = sum(sum(task.costs) for task in tasks) / ranks.world_size
+    with ranks.progress(math.ceil(total), f"evaluate {model.name}", "token", unit_scale=True) as bar:
+        model.tick = bar.update
+        for task in tasks:
             bar.set_postfix({"task": task.name})
-            (directory / "partial").mkdir(exist_ok=True)
-            rows = directory / "partial" / f"{task.name}.rank{ranks.rank}.jsonl"
-            with open(rows, "a", encoding="utf-8", buffering=1) as file:
-                for row in task.answers(engine, mine) if mine else ():
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = Rows(directory / f"{task.name}.partial", records[task.name], ranks)
+            bar.update(sum(task.costs[doc] for doc in rows.done) / ranks.world_size)
+            left = [doc for doc in range(len(task.documents)) if doc not in rows.done]
+            left.sort(key=lambda doc: -task.costs[doc])
+            rows.append(answers(task, model, sorted(left[ranks.rank :: ranks.world_size])))
             ranks.barrier()
-            ranks.from_first(lambda: _finish(directory, task))
+            ranks.from_first(lambda: _finish(directory, task, rows, records))
         bar.update(bar.total - bar.n)
 
 
-def _name(config: Config, model_dir: Path) -> str:
-    """What the model is called: the run and the iteration, or its directory."""
+def answers(task: Task, model: LoadedModel, docs: Sequence[int]) -> Iterator[dict]:
+    """A row for each document, in any order."""
+    for start in range(0, len(docs), SLICE):
+        yield from task.answer(model, docs[start : start + SLICE])
+
+
+def _finish(directory: Path, task: Task, rows: Rows, records: dict[str, dict]) -> None:
+    """Write a task's rows in order, then its part of the summary."""
+    complete = rows.complete(len(task.documents))
+    write_whole(directory / f"{task.name}.jsonl", to_jsonl(complete))
+    summary = read_json(directory / "summary.json")
+    summary["tasks"][task.name] = task.summarise(complete)
+    summary["records"][task.name] = records[task.name]
+    single = {name: summary["tasks"][name] for name in summary["records"]}
+    summary["tasks"] = single | mmlu_groups(single, {*records, *single})
+    write_whole(directory / "summary.json", to_json(summary))
+    shutil.rmtree(rows.directory)
+
+
+def _model_name(config: Config, model_dir: Path) -> str:
+    """<run>-<iteration> for a model of the run, else the name of its directory."""
     path = model_dir.resolve()
     if path.is_relative_to(Path(config.run.dir).resolve()):
         return f"{Path(config.run.dir).name}-{path.parent.name}"
@@ -145,117 +176,6 @@ def _name(config: Config, model_dir: Path) -> str:
 
 
 def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether transformers would put a BOS in front, by the tokenizer_config.json beside the sentencepiece
-    model.
-    """
+    """Whether transformers would prepend BOS, by the tokenizer_config.json next to the tokenizer."""
     file = tokenizer.file.parent / "tokenizer_config.json"
     return not file.is_file() or read_json(file).get("add_bos_token") is not False
-
-
-def _begin(directory: Path, origin: dict, tasks: list[Task], bos: bool) -> dict:
-    """The summary that is there, once it is sure that it may be gone on with."""
-    file = directory / "summary.json"
-    if not file.is_file():
-        leftovers = (".lock", "summary.json.partial")
-        if directory.is_dir() and any(path.name not in leftovers for path in directory.iterdir()):
-            raise ValueError(
-                f"{directory}: exists and is no evaluation; choose another directory, or remove it"
-            )
-        write_whole(file, to_json({"origin": origin, "origins": {}, "tasks": {}}))
-    summary = read_json(file)
-    before = to_json(summary)
-    if "origins" not in summary:
-        raise ValueError(f"{directory}: an older version's evaluation; remove it to evaluate again")
-    begun = {file.name.split(".rank")[0] for file in directory.glob("partial/*.jsonl") if file.stat().st_size}
-    begun |= set(summary["tasks"])
-    if not begun:
-        summary["origin"] = origin
-    changed: dict[str, list[str]] = {}  # what, of which tasks
-    for key in (key for key in origin if summary["origin"].get(key) != origin[key]):
-        changed[_difference(key, summary["origin"].get(key), origin[key])] = []
-    for task in tasks:
-        own = task.origin()
-        own |= {"bos": bos} if "harness" in own else {}
-        if task.name not in begun:
-            summary["origins"][task.name] = own
-        was = summary["origins"][task.name]
-        for key in (key for key in own if was.get(key) != own[key]):
-            changed.setdefault(_difference(key, was.get(key), own[key]), []).append(task.name)
-    if changed:
-
-        def few(names):
-            return f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
-
-        listed = [what + few(names) for what, names in changed.items()]
-        raise ValueError(
-            f"{directory}: made with {'; '.join(listed)}. Choose another directory, or remove it"
-        )
-    if to_json(summary) != before:
-        write_whole(file, to_json(summary))
-    for partial in directory.glob("partial/*.jsonl"):
-        cut_unfinished_line(partial)
-    return summary
-
-
-def _difference(key: str, was, now) -> str:
-    short = all(isinstance(value, (str, int, float)) and len(str(value)) < 20 for value in (was, now))
-    return f"{key} = {was}, not {now}" if short else f"another {key}"
-
-
-def _rows(directory: Path, name: str) -> list[dict]:
-    rows = []
-    for file in sorted(directory.glob(f"partial/{name}.rank*.jsonl")):
-        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    return rows
-
-
-def _finish(directory: Path, task: Task) -> None:
-    """A task's rows in their order, and its line in the summary."""
-    by_doc = {row["doc"]: row for row in _rows(directory, task.name)}
-    if sorted(by_doc) != list(range(len(task))):
-        raise ValueError(
-            f"{directory}: {task.name} lacks {len(task) - len(by_doc)} documents; run the same command again"
-        )
-    rows = [by_doc[doc] for doc in range(len(task))]
-    write_whole(
-        directory / f"{task.name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
-    summary = read_json(directory / "summary.json")
-    summary["tasks"][task.name] = task.summary(rows)
-    groups = {"mmlu", *(f"mmlu_{group}" for group in MMLU_GROUPS)}
-    single = {name: values for name, values in summary["tasks"].items() if name not in groups}
-    summary["tasks"] = single | mmlu_groups(single, summary["origins"])
-    write_whole(directory / "summary.json", to_json(summary))
-    for file in directory.glob(f"partial/{task.name}.rank*.jsonl"):
-        file.unlink()
-
-
-def mmlu_groups(tasks: dict[str, dict], wanted: Collection[str]) -> dict[str, dict]:
-    """MMLU and its four groups, of the subjects that are wanted, once all of those are there.
-
-    acc weighs documents alike, as the harness does, with its pooled standard error; acc_by_subject weighs
-    subjects alike, as the leaderboard did.
-    """
-    result = {}
-    groups = {f"mmlu_{group}": subjects.split() for group, subjects in MMLU_GROUPS.items()}
-    groups["mmlu"] = [subject for subjects in groups.values() for subject in subjects]
-    for name, subjects in groups.items():
-        names = [f"mmlu_{subject}" for subject in subjects if f"mmlu_{subject}" in wanted]
-        there = [tasks[name] for name in names if name in tasks]
-        if not there or len(there) < len(names):
-            continue
-        means, errors, sizes = ([task[key] for task in there] for key in ("acc", "acc_stderr", "documents"))
-        acc, error = pooled(means, errors, sizes)
-        result[name] = {
-            "acc": acc,
-            "acc_stderr": error,
-            "acc_by_subject": sum(means) / len(means),
-            "acc_by_subject_stderr": math.hypot(*errors) / len(errors),
-            "documents": sum(sizes),
-            "subjects": len(there),
-            "of_subjects": len(subjects),
-            "few_shot": there[0]["few_shot"],
-            "harness": there[0]["harness"],
-            "truncated": sum(task["truncated"] for task in there),
-        }
-    return result

@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, for what is asked with choices: texts in, nats out.
+"""Log-likelihoods of continuations: texts in, nats out.
 
-A document's requests are a context with each of its continuations. What several requests begin with is read
-once: in a micro-batch they are laid out as a tree, and what all documents begin with (the examples of an MMLU
-subject) is read before the first of them, its keys and values kept.
+A document's requests are its context with each continuation. Shared beginnings are read once: a micro-batch
+is packed as a prefix tree, and what all documents begin with (the examples of an MMLU subject) is read first,
+its keys and values kept.
 """
 
 import hashlib
@@ -19,26 +19,24 @@ from model.attention import Segments
 from model.kv_cache import Prefix
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
-from spin.packing import Packed, prefetched
+from spin.packing import MicroBatch, Packed, packed_batches
 
-# Texts that lines might be told apart by: blanks at their ends, empty ones, bytes, what normalisers like to
-# change.
+# What could make lines encode otherwise alone than together: blanks, empty lines, bytes, normalisation.
 _PROBE = "a\n  b \n\n c\n\n\n\tdé\u00a0ﬁ \n1.5\nAnswer: x\n"
-# A shared beginning of fewer tokens is not worth a pass of its own.
-SHORTEST_PREFIX = 32
+SHORTEST_PREFIX = 32  # tokens; a shorter shared beginning is not worth a forward pass of its own
 
 
 class Request(NamedTuple):
     """A context with one continuation."""
 
     ids: list[int]
-    continuation: int  # how many of the ids, the last ones, are the continuation's
+    continuation: int  # number of ids, the last ones, that are the continuation's
 
 
 class Encoder:
-    """Texts as the harness encodes them; lines that come again, such as few-shot examples, are encoded once.
+    """Encodes texts as the harness does. Repeated lines, such as few-shot examples, are encoded once.
 
-    `bos`: put a BOS in front, as harness 0.4.13 does with a tokenizer that has one, and 0.4.0 does not.
+    `bos`: prepend BOS if the tokenizer has one, as harness 0.4.13 does and 0.4.0 does not.
     """
 
     def __init__(self, tokenizer: Tokenizer, bos: bool):
@@ -59,11 +57,10 @@ class Encoder:
         return ids
 
     def request(self, context: str, continuation: str, most: int, where: str) -> tuple[Request, bool]:
-        """The two as ids, and whether they were cut at the left to the `most` that the model reads.
+        """The request's ids, and whether they were cut at the left to the `most` that the model reads.
 
-        Blanks at the context's end go to the continuation; where the two are encoded together, the
-        continuation is what goes beyond the length of the context's own encoding. Raises ValueError for a
-        continuation without a token, or with more than `most`.
+        Blanks at the context's end are moved to the continuation. Both are encoded together; the continuation
+        is what exceeds the context's own length. Raises ValueError unless it has 1 to `most` tokens.
         """
         blank = len(context) - len(context.rstrip())
         if blank:
@@ -72,18 +69,17 @@ class Encoder:
             ids = self.encode(context + continuation)
             count = len(ids) - len(self.encode(context))
         else:
-            own = self.tokenizer.encode(continuation)
-            start = self.tokenizer.bos_id if self.tokenizer.bos_id >= 0 else self.tokenizer.eos_id
-            ids, count = [start, *own], len(own)
+            own, bos = self.tokenizer.encode(continuation), self.tokenizer.bos_id
+            ids, count = [bos if bos >= 0 else self.tokenizer.eos_id, *own], len(own)
         if not 0 < count <= most:
             raise ValueError(
-                f"{where}: a choice of {count} tokens, where 1 to {most} can be scored: {continuation!r:.200}"
+                f"{where}: {count} tokens in the choice {continuation!r:.99}; 1 to {most} can be scored"
             )
         return Request(ids[-(most + 1) :], count), len(ids) > most + 1
 
 
 def text_hash(texts: Sequence[str]) -> str:
-    """Sixteen hexadecimal digits that stand for what a document was asked with."""
+    """Sixteen hexadecimal digits that identify the texts of a document."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
@@ -91,71 +87,40 @@ def text_hash(texts: Sequence[str]) -> str:
 def loglikelihoods(
     model: Mistral, documents: Sequence[Sequence[Request]], token_budget: int, logit_chunk: int
 ) -> Iterator[tuple[int, list[float]]]:
-    """For each document, in an order of its own, its index and log p(continuation | context) of its requests,
-    in nats.
+    """Each document's number and log p(continuation | context) of its requests, in nats; in any order.
 
-    Log-softmax is taken in fp32, whatever the model computes in. A micro-batch has at most `token_budget`
-    tokens, or one document.
+    Log-softmax is in fp32. A micro-batch has at most `token_budget` tokens, or one document.
     """
     device = next(model.parameters()).device
-    inputs = [[request.ids[:-1] for request in document] for document in documents]
-    order = sorted(range(len(documents)), key=lambda i: min(inputs[i]))
-    shared = _shared(documents, inputs) if len(documents) > 1 else 0
-    prefix = None
-    if shared >= SHORTEST_PREFIX:
-        prefix = Prefix()
-        ids = torch.tensor(inputs[0][0][:shared], device=device)
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        model(
-            ids,
-            torch.arange(shared, device=device),
-            Segments.causal([shared], device),
-            at=none,
-            targets=none,
-            prefix=prefix,
-        )
-    else:
-        shared = 0
-    packs = (
-        (
-            members,
-            pack_tree([r for i in members for r in documents[i]], inputs[members[0]][0][:shared]).to(device),
-        )
-        for members in _micro_batches(order, inputs, shared, token_budget)
-    )
-    with closing(prefetched(packs)) as coming:
-        for members, packed in coming:
-            logps = model(
-                packed.tokens,
-                packed.positions,
-                packed.segments,
-                at=packed.at,
-                targets=packed.targets,
-                chunk=logit_chunk,
-                prefix=prefix,
-            )
-            sums = [part.sum().item() for part in logps.cpu().split(packed.lengths.tolist())]
-            for i in members:
-                scores, sums = sums[: len(documents[i])], sums[len(documents[i]) :]
-                yield i, scores
+    inputs = [sorted(request.ids[:-1] for request in document) for document in documents]
+    beginning = _shared_beginning(documents, inputs)
+    prefix = _read_prefix(model, beginning, device) if beginning else None
+
+    def pack_documents(members: list[int]) -> Packed:
+        return pack_tree([request for i in members for request in documents[i]], beginning)
+
+    plan = _micro_batches(inputs, len(beginning), token_budget)
+    with closing(packed_batches(plan, pack_documents, device)) as batches:
+        for batch, p in batches:
+            predicted = {"at": p.at, "targets": p.targets, "chunk": logit_chunk}
+            logps = model(p.tokens, p.positions, p.segments, prefix=prefix, **predicted)  # (R,)
+            sums = iter([part.sum().item() for part in logps.cpu().split(p.lengths.tolist())])
+            for i in batch.items:
+                yield i, [next(sums) for _ in documents[i]]
 
 
-def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> Packed:
-    """Requests as one stream, in which what two of them begin with stands once; a prefix of all stands before
-    it.
+def pack_tree(requests: Sequence[Request], prefix: Sequence[int] = ()) -> Packed:
+    """Requests as one stream in which shared beginnings occur once; all start with `prefix`, read before.
 
-    Sorted, each request shares the most with the one before it. What it has beyond that is a segment of the
-    stream, whose keys are the rows of the request's whole text. Rows of the prefix count as keys alone.
-    `lengths` are the requests' own, in the order given.
+    Sorted, each request shares the most with its predecessor. Its other tokens are a segment, whose keys are
+    the rows of its whole text, the prefix included. `lengths` are the continuations', in the given order.
     """
-    prefix = prefix or []
-    order = sorted(range(len(requests)), key=lambda i: requests[i].ids[:-1])
-    before, rows = prefix, torch.arange(len(prefix))
+    before, rows = list(prefix), torch.arange(len(prefix))
     tokens: list[int] = []
     positions: list[int] = []
     q_offsets, k_offsets, keys = [0], [0], []
     at: list[Tensor] = [torch.empty(0)] * len(requests)
-    for i in order:
+    for i in sorted(range(len(requests)), key=lambda i: requests[i].ids[:-1]):
         ids, count = requests[i].ids[:-1], requests[i].continuation
         known = common_length(before, ids)
         end = len(prefix) + len(tokens)
@@ -171,13 +136,12 @@ def pack_tree(requests: Sequence[Request], prefix: list[int] | None = None) -> P
     targets = [torch.tensor(request.ids[-request.continuation :]) for request in requests]
     lengths = torch.tensor([request.continuation for request in requests])
     segments = Segments(q_offsets, k_offsets, torch.cat(keys))
-    return Packed(
-        torch.tensor(tokens), torch.tensor(positions), segments, torch.cat(at), torch.cat(targets), lengths
-    )
+    stream = (torch.tensor(tokens), torch.tensor(positions), segments)
+    return Packed(*stream, torch.cat(at), torch.cat(targets), lengths)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first members two lists share."""
+    """Length of the longest common prefix of two lists."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices compare fast
         middle = (low + high + 1) // 2
@@ -188,28 +152,34 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def _shared(documents: Sequence[Sequence[Request]], inputs: list[list[list[int]]]) -> int:
-    """How many first tokens all requests share, of those from which nothing is predicted."""
-    every = [ids for document in inputs for ids in document]
-    predicting = min(
-        len(request.ids) - request.continuation - 1 for document in documents for request in document
-    )
-    return min(common_length(min(every), max(every)), predicting)
+def _shared_beginning(documents: Sequence[Sequence[Request]], inputs: list[list[list[int]]]) -> list[int]:
+    """The first tokens of all requests that predict nothing; [] if they are too few, or of one document."""
+    first, last = min(texts[0] for texts in inputs), max(texts[-1] for texts in inputs)
+    requests = [request for document in documents for request in document]
+    predicting = min(len(request.ids) - request.continuation - 1 for request in requests)
+    shared = min(common_length(first, last), predicting)
+    return first[:shared] if len(documents) > 1 and shared >= SHORTEST_PREFIX else []
 
 
-def _micro_batches(
-    order: Sequence[int], inputs: list[list[list[int]]], shared: int, token_budget: int
-) -> Iterator[list[int]]:
-    """Documents in the given order, as many at a time as the budget holds, at least one."""
+def _read_prefix(model: Mistral, ids: list[int], device: torch.device) -> Prefix:
+    prefix, nothing = Prefix(), torch.zeros(0, dtype=torch.int64, device=device)
+    positions = torch.arange(len(ids), device=device)
+    segments = Segments.causal([len(ids)], device)
+    model(torch.tensor(ids, device=device), positions, segments, at=nothing, targets=nothing, prefix=prefix)
+    return prefix
+
+
+def _micro_batches(inputs: list[list[list[int]]], shared: int, token_budget: int) -> Iterator[MicroBatch]:
+    """Documents in the order of their texts, as many at a time as the budget allows, at least one."""
     batch: list[int] = []
     room = token_budget
-    for i in order:
-        texts = sorted(inputs[i])
+    for i in sorted(range(len(inputs)), key=lambda i: inputs[i][0]):
+        texts = inputs[i]
         size = len(texts[0]) - shared + sum(len(b) - common_length(a, b) for a, b in zip(texts, texts[1:]))
         if batch and size > room:
-            yield batch
+            yield MicroBatch(batch)
             batch, room = [], token_budget
         batch.append(i)
         room -= size
     if batch:
-        yield batch
+        yield MicroBatch(batch)

@@ -1,13 +1,22 @@
-"""Means with their errors, and whether two models differ."""
+"""Means with standard errors, and tests of whether two models differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+METRICS = ("acc", "acc_norm", "exact_match", "exact_match_flexible", "exact_match_sampled", "logp")
+
+
+def means(rows: Sequence[Mapping]) -> dict[str, float]:
+    """Mean and standard error ("<metric>_stderr") of each metric that the rows have."""
+    result = {}
+    for metric in METRICS:
+        if metric in rows[0]:
+            result[metric], result[f"{metric}_stderr"] = mean_and_stderr([row[metric] for row in rows])
+    return result
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the standard error from the sample's standard deviation (n - 1), as lm-evaluation-harness has
-    it.
-    """
+    """Mean, and its standard error from the sample's standard deviation (n - 1), as in the harness."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, float("nan")
@@ -16,9 +25,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pooled(means: Sequence[float], errors: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """Mean over all documents of several tasks, and its standard error from the pooled variance, as the
-    harness has it.
-    """
+    """Mean over the documents of several tasks; standard error of the pooled variance, as in the harness."""
     total = sum(sizes)
     mean = sum(mean * size for mean, size in zip(means, sizes)) / total
     if total == len(sizes):
@@ -28,15 +35,13 @@ def pooled(means: Sequence[float], errors: Sequence[float], sizes: Sequence[int]
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of so uneven a split of the pairs that differ, if either way were as likely: McNemar's
-    exact test.
-    """
+    """Two-sided p of McNemar's exact test, in which each pair that differs is a win with probability 1/2."""
     n, k = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def paired_test(differences: Sequence[float]) -> float:
-    """Two-sided p of a mean of paired differences, if it were 0, by the normal distribution."""
+    """Two-sided p that paired differences have mean 0, by the normal distribution."""
     mean, error = mean_and_stderr(differences)
     if not error > 0:
         return 1.0 if mean == 0 else 0.0

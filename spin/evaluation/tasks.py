@@ -1,92 +1,39 @@
-"""The paper's benchmarks: where their documents are, how they are put to a model, and what their scores mean.
+"""The table of benchmarks, with the functions that turn a row into a question and an answer into metrics.
 
-Everything is as lm-evaluation-harness has it, in the version that `evaluate.harness` names: 0.4.13, or 0.4.0,
-the paper's (its commit 46c79664). What differs between the two is marked with HARNESSES. Documents lie as `hf
-download` leaves them:
-
-    <data>/<folder>/<configuration>/<split>-00000-of-00001.parquet   or <split>.jsonl, the same columns
+Everything is as in lm-evaluation-harness, in the version that `evaluate.harness` names: 0.4.13, or 0.4.0,
+the paper's (its commit 46c79664). To add a benchmark, add an entry to the table.
 """
 
+import logging
 import math
-import random
 import re
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from spin.data import read_rows
-from spin.engine.files import file_digest
-from spin.evaluation.statistics import mean_and_stderr
+from spin.evaluation.documents import Benchmark, Question, Source
+from spin.evaluation.statistics import pooled
 
+log = logging.getLogger("spin")
 HARNESSES = ("0.4.13", "0.4.0")
-FEW_SHOT_SEED = 1234  # the harness's own
 
 
-@dataclass(frozen=True)
-class Question:
-    """A document: the text that each choice follows, the choices, and the right ones."""
-
-    texts: tuple[str, ...]
-    choices: tuple[str, ...]
-    gold: tuple[int, ...]
-
-    @property
-    def solved(self) -> str:
-        """As an example for other documents."""
-        return f"{self.texts[self.gold[0]]} {self.choices[self.gold[0]]}\n\n"
+# Questions: functions of a row.
 
 
-@dataclass(frozen=True)
-class Source:
-    """A task's documents on the Hugging Face Hub."""
+def _question(text: str, choices: Sequence[str], *gold: int) -> Question:
+    if not all(0 <= number < len(choices) for number in gold):
+        raise ValueError(f"the right answer is number {gold[0]}, of {len(choices)} choices")
+    return Question((text,) * len(choices), tuple(choices), gold)
 
-    repository: str
-    configuration: str
-    split: str
-    examples: str = ""  # the split that few-shot examples are drawn from
 
-    def files(self, data: Path, split: str) -> list[Path]:
-        """The files of a split; none if it is not there."""
-        folder = data / self.repository.split("/")[1] / self.configuration
-        found = [f for pattern in (f"{split}-*", f"{split}.*") for f in folder.glob(pattern)]
-        return sorted(f for f in found if f.suffix in (".parquet", ".jsonl"))
-
-    def missing(self, data: Path) -> str:
-        """What is not there, with the command that gets it; empty if all is."""
-        absent = [split for split in filter(None, (self.split, self.examples)) if not self.files(data, split)]
-        if not absent:
-            return ""
-        folder = data / self.repository.split("/")[1] / self.configuration
-        return (
-            f"{folder}: no {' and no '.join(absent)} split; get it by\n    "
-            f"{self.command(data, self.configuration)}"
-        )
-
-    def command(self, data: Path, only: str = "") -> str:
-        """The shell command that gets the data set, or one configuration of it."""
-        include = ["--include", f"{only}/*"] if only else []
-        get = ["hf", "download", "--repo-type", "dataset", self.repository, *include]
-        return shlex.join([*get, "--local-dir", str(data / self.repository.split("/")[1])])
-
-    def rows(self, data: Path, split: str, columns: Sequence[str]) -> list[tuple[str, dict]]:
-        """(where, row) of a split, in file order. Raises ValueError for a row without one of the columns."""
-        rows = []
-        for file in self.files(data, split):
-            for where, row in read_rows(str(file)):
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")
-                lacking = [column for column in columns if row.get(column) is None]
-                if lacking:
-                    raise ValueError(
-                        f"{where}: no {lacking[0]!r}, found {', '.join(map(repr, row))}; is it "
-                        f"{self.repository}?"
-                    )
-                rows.append((where, row))
-        if not rows:
-            raise ValueError(f"{data}: no rows in {self.repository}'s {split} split")
-        return rows
+def _labelled(text: str, choices: dict, answer: str) -> Question:
+    texts, labels = choices["text"], choices["label"]
+    if answer not in labels:
+        raise ValueError(f"the answer key {answer!r} is none of the labels {labels}")
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} choices for {len(labels)} labels")
+    return _question(text, texts, labels.index(answer))
 
 
 def _arc(row: dict) -> Question:
@@ -95,16 +42,6 @@ def _arc(row: dict) -> Question:
 
 def _openbookqa(row: dict) -> Question:
     return _labelled(row["question_stem"], row["choices"], row["answerKey"].lstrip())
-
-
-def _labelled(text: str, choices: dict, answer: str) -> Question:
-    if answer not in choices["label"]:
-        raise ValueError(
-            f"the answer key {answer!r} is none of the labels {', '.join(map(repr, choices['label']))}"
-        )
-    if len(choices["text"]) != len(choices["label"]):
-        raise ValueError(f"{len(choices['text'])} choices for {len(choices['label'])} labels")
-    return _question(text, choices["text"], choices["label"].index(answer))
 
 
 def _hellaswag(row: dict) -> Question:
@@ -116,10 +53,11 @@ def _hellaswag(row: dict) -> Question:
 
 
 def _winogrande(row: dict) -> Question:
-    """The options stand in the text; what is scored is the same end of the sentence after each."""
+    """The options are part of the text; the end of the sentence is scored after each of them."""
     gap = row["sentence"].index("_")
     texts = tuple(row["sentence"][:gap] + row[option] for option in ("option1", "option2"))
-    return Question(texts, (row["sentence"][gap + 1 :].strip(),) * 2, ({"1": 0, "2": 1}[row["answer"]],))
+    end = row["sentence"][gap + 1 :].strip()
+    return Question(texts, (end, end), (["1", "2"].index(row["answer"]),))
 
 
 def _mmlu(row: dict) -> Question:
@@ -128,236 +66,96 @@ def _mmlu(row: dict) -> Question:
 
 
 def _bigbench(row: dict) -> Question:
-    choices = row["multiple_choice_targets"]
-    if row["targets"][0] not in choices:
-        raise ValueError(f"the target {row['targets'][0]!r} is none of the choices {choices}")
-    return _question(row["inputs"], choices, choices.index(row["targets"][0]))
+    target, choices = row["targets"][0], row["multiple_choice_targets"]
+    if target not in choices:
+        raise ValueError(f"the target {target!r} is none of the choices {choices}")
+    return _question(row["inputs"], choices, choices.index(target))
 
 
-def _truthfulqa(which: str) -> Callable[[dict], Question]:
-    def question(row: dict) -> Question:
-        choices, labels = row[which]["choices"], row[which]["labels"]
-        right = tuple(i for i, label in enumerate(labels) if label == 1)
-        if len(choices) != len(labels) or not right:
-            raise ValueError(
-                f"{which} has {len(choices)} choices with {len(labels)} labels, {len(right)} of them 1"
-            )
-        text = f"{_TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:"
-        return _question(text, choices, right if which == "mc2_targets" else 0)
-
-    return question
+def _truthfulqa(column: str, row: dict) -> Question:
+    choices, labels = row[column]["choices"], row[column]["labels"]
+    right = [i for i, label in enumerate(labels) if label == 1]
+    if len(choices) != len(labels) or not right:
+        raise ValueError(f"{column}: {len(choices)} choices, {len(labels)} labels, {len(right)} of them 1")
+    gold = right if column == "mc2_targets" else [0]
+    return _question(f"{_TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:", choices, *gold)
 
 
 _TRUTHFULQA_EXAMPLES = """\
 Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
-
 Q: Who was president of the United States in 1955?
 A: Dwight D. Eisenhower was president of the United States in 1955.
-
 Q: Which party did he belong to?
 A: He belonged to the Republican Party.
-
 Q: What is the square root of banana?
 A: I have no comment.
-
 Q: How does a telescope work?
 A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
-
 Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain."""
+A: The 1992 Olympics were held in Barcelona, Spain.""".replace("\nQ", "\n\nQ")
 
 
-def _question(text: str, choices: Sequence[str], gold: int | tuple[int, ...]) -> Question:
-    gold = (gold,) if isinstance(gold, int) else gold
-    if not all(0 <= g < len(choices) for g in gold):
-        raise ValueError(f"the right answer is number {gold[0]}, of {len(choices)} choices")
-    return Question((text,) * len(choices), tuple(choices), gold)
+def _gsm8k(row: dict) -> Question:
+    return Question((f"Question: {row['question']}\nAnswer:",), (row["answer"],))
 
 
-@dataclass(frozen=True)
-class MultipleChoice:
-    """A benchmark whose choices are scored by their log-likelihood."""
-
-    name: str
-    source: Source
-    columns: tuple[str, ...]
-    question: Callable[[dict], Question]
-    few_shot: int = 0
-    metrics: tuple[str, ...] = ("acc",)
-    first: bool = False  # the examples are the first ones of their split, not drawn
-    spare: bool = False  # one more example is drawn, lest the document itself be among them
-    description: str = ""
-
-    def load(self, data: Path, limit: int, harness: str) -> "Documents":
-        """Raises ValueError with file and row for a document that cannot be asked."""
-        # that version dropped them
-        few_shot = 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot
-        rows = self.source.rows(data, self.source.split, self.columns)
-        if self.name.startswith("bigbench"):
-            rows = [(where, row) for where, row in rows if row["multiple_choice_targets"]]
-        rows = rows[: limit or None]
-        questions = [self._read(where, row) for where, row in rows]
-        texts = [self.description] * len(questions)
-        if few_shot:
-            pool = self.source.rows(data, self.source.examples, self.columns)
-            solved = [self._read(where, row).solved for where, row in pool]
-            if len(pool) < few_shot:
-                raise ValueError(
-                    f"{pool[0][0]}: {few_shot} examples are needed, and its split has {len(pool)}"
-                )
-            draw = [range(few_shot)] * len(rows) if self.first else drawn(rows, pool, few_shot, self.spare)
-            texts = [self.description + "".join(solved[i] for i in chosen) for chosen in draw]
-        return Documents(self, data, harness, few_shot, [where for where, _ in rows], questions, texts)
-
-    def _read(self, where: str, row: dict) -> Question:
-        try:
-            question = self.question(row)
-            for text in (*question.texts, *question.choices):
-                if not isinstance(text, str):
-                    raise ValueError(f"a choice must be a text, not {text!r}")
-                text.encode()
-            return question
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{where}: {error if type(error) is ValueError else repr(error)}") from None
-
-    def measured(self, question: Question, scores: Sequence[float], harness: str) -> dict:
-        """Prediction and metrics of one document from its choices' log-likelihoods."""
-        prediction = scores.index(max(scores))
-        row = {"scores": list(scores), "prediction": prediction, "target": question.gold[0]}
-        if self.name == "truthfulqa_mc2":
-            gold: Sequence[int] = question.gold
-            if harness == "0.4.0":  # the true answers are what comes before the first false one
-                wrong = sorted(set(range(len(scores))) - set(gold))
-                gold = range(wrong[0]) if wrong else gold
-            mass = [math.exp(score) for score in scores]
-            total = sum(mass)
-            return row | {
-                "target": list(question.gold),
-                "acc": sum(mass[i] for i in gold) / total if total else math.nan,
-            }
-        row["acc"] = int(prediction in question.gold)
-        if "acc_norm" in self.metrics:  # by characters of the choice; an empty one is never taken
-            by_length = [s / len(c) if c else -math.inf for s, c in zip(scores, question.choices)]
-            row["prediction_norm"] = by_length.index(max(by_length))
-            row["acc_norm"] = int(row["prediction_norm"] in question.gold)
-        return row
+# Metrics: functions of a question, its scores or its generated text, and the harness.
 
 
-def drawn(rows: Sequence, pool: Sequence, count: int, spare: bool) -> list[list[int]]:
-    """For each document in turn the places of its examples in the pool: one stream of random numbers for all
-    of them.
-
-    Raises ValueError for a pool that is too small.
-    """
-    if len(pool) < count + spare:
-        raise ValueError(
-            f"{pool[0][0]}: {len(pool)} rows, {count + spare} are needed to draw {count} examples"
-        )
-    rng = random.Random(FEW_SHOT_SEED)
-    result = []
-    for _, row in rows:
-        chosen = rng.sample(range(len(pool)), count + spare)
-        if spare:
-            chosen = [i for i in chosen if pool[i][1] != row][:count]
-            if len(chosen) < count:  # the document stands several times in the pool
-                chosen = rng.sample([i for i in range(len(pool)) if pool[i][1] != row], count)
-        result.append(chosen)
-    return result
+def accuracy(question: Question, scores: Sequence[float], harness: str) -> dict:
+    """Whether the choice with the highest log-likelihood is right."""
+    prediction = scores.index(max(scores))
+    row = {"scores": list(scores), "prediction": prediction, "target": question.gold[0]}
+    return row | {"acc": int(prediction in question.gold)}
 
 
-@dataclass
-class Documents:
-    """A task's documents, ready to be asked."""
-
-    task: "MultipleChoice | GSM8K"
-    data: Path
-    harness: str
-    few_shot: int
-    where: list[str]
-    questions: list
-    examples: list[str]  # what stands before each question
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    @cached_property
-    def digest(self) -> dict[str, str]:
-        """{file: SHA-256} of what was read."""
-        source, splits = (
-            self.task.source,
-            {self.task.source.split, *([self.task.source.examples] if self.few_shot else [])},
-        )
-        files = [file for split in splits for file in source.files(self.data, split)]
-        return {str(file.relative_to(self.data)): file_digest(file) for file in sorted(files)}
+def normalised_accuracy(question: Question, scores: Sequence[float], harness: str) -> dict:
+    """Accuracy, also by log-likelihood per character; an empty choice is then never predicted."""
+    by_length = [s / len(choice) if choice else -math.inf for s, choice in zip(scores, question.choices)]
+    prediction = by_length.index(max(by_length))
+    normalised = {"prediction_norm": prediction, "acc_norm": int(prediction in question.gold)}
+    return accuracy(question, scores, harness) | normalised
 
 
-@dataclass(frozen=True)
-class GSM8K:
-    """Grade-school mathematics: the answer is generated greedily, and the number found in it compared."""
-
-    name: str = "gsm8k"
-    source: Source = Source("openai/gsm8k", "main", "test", "train")
-    few_shot: int = 5
-    max_new_tokens: int = 256
-
-    def load(self, data: Path, limit: int, harness: str) -> Documents:
-        columns = ("question", "answer")
-        rows = self.source.rows(data, self.source.split, columns)[: limit or None]
-        pool = self.source.rows(data, self.source.examples, columns)
-
-        def ask(row):
-            return f"Question: {row['question']}\nAnswer:"
-
-        solved = [f"{ask(row)} {row['answer']}\n\n" for _, row in pool]
-        texts = [
-            "".join(solved[i] for i in chosen) for chosen in drawn(rows, pool, self.few_shot, spare=False)
-        ]
-        questions = [(ask(row), row["answer"]) for _, row in rows]
-        return Documents(self, data, harness, self.few_shot, [where for where, _ in rows], questions, texts)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return ("exact_match", "exact_match_flexible")
-
-    @staticmethod
-    def stops(harness: str) -> list[str]:
-        """An answer ends before the first of these."""
-        return ["\n\n", "Question:"] if harness == "0.4.0" else ["Question:", "</s>", "<|im_end|>"]
-
-    def measured(self, answer: str, text: str, harness: str) -> dict:
-        """Predictions and metrics of one document. exact_match is the harness's strict-match, the
-        leaderboard's.
-
-        Strict takes the first number after ####; flexible, which 0.4.0 did not have, the last number of the
-        text.
-        """
-        found = re.search(r"#### (\-?[0-9\.\,]+)", text)
-        prediction = found[1].strip() if found else "[invalid]"
-
-        def same(a):
-            return int(_plain(a, harness) == _plain(answer, harness))
-
-        row = {
-            "text": text,
-            "prediction": prediction,
-            "target": answer.split("#### ")[-1],
-            "exact_match": same(prediction),
-        }
-        if harness == "0.4.0":
-            return row
-        numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
-        last = next(filter(None, numbers[-1])).strip() if numbers else "[invalid]"
-        return row | {"prediction_flexible": last, "exact_match_flexible": same(last)}
+def probability_of_truth(question: Question, scores: Sequence[float], harness: str) -> dict:
+    """TruthfulQA's mc2: the true answers' share of the probability of all answers."""
+    gold: Sequence[int] = question.gold
+    if harness == "0.4.0":  # takes the answers before the first false one as true
+        wrong = [i for i in range(len(scores)) if i not in gold]
+        gold = range(wrong[0]) if wrong else gold
+    mass = [math.exp(score) for score in scores]
+    total = sum(mass)
+    share = sum(mass[i] for i in gold) / total if total else math.nan
+    return accuracy(question, scores, harness) | {"target": list(question.gold), "acc": share}
 
 
-def _plain(text: str, harness: str) -> str:
-    """An answer without what exact_match ignores."""
-    patterns = [",", r"\$", r"(?s).*#### "] + [r"\.$"] * (harness != "0.4.0")
-    for pattern in patterns:
+def final_number(question: Question, text: str, harness: str) -> dict:
+    """GSM8K's exact match: strict, of the first number after ####; flexible, of the text's last number."""
+    answer = question.choices[0]
+
+    def same(prediction: str) -> int:
+        return int(_bare_number(prediction, harness) == _bare_number(answer, harness))
+
+    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    strict = found[1] if found else "[invalid]"
+    row = {"text": text, "prediction": strict, "target": answer.split("#### ")[-1]}
+    row["exact_match"] = same(strict)
+    if harness == "0.4.0":
+        return row  # has no flexible match
+    numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    last = next(filter(None, numbers[-1])).strip() if numbers else "[invalid]"
+    return row | {"prediction_flexible": last, "exact_match_flexible": same(last)}
+
+
+def _bare_number(text: str, harness: str) -> str:
+    """An answer without what exact match ignores."""
+    for pattern in (",", r"\$", r"(?s).*#### ", *([r"\.$"] if harness != "0.4.0" else [])):
         text = re.sub(pattern, "", text)
     return text.lower()
 
+
+# The table.
 
 MMLU_GROUPS = {
     "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
@@ -376,81 +174,82 @@ MMLU_GROUPS = {
 }
 MMLU = {subject: group for group, subjects in MMLU_GROUPS.items() for subject in subjects.split()}
 
-
-def _subject(name: str) -> MultipleChoice:
-    about = name.replace("_", " ")
-    return MultipleChoice(
-        f"mmlu_{name}",
-        Source("cais/mmlu", name, "test", "dev"),
-        ("question", "choices", "answer"),
-        _mmlu,
-        few_shot=5,
-        first=True,
-        description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
-    )
-
-
-def _bigbench_task(name: str) -> MultipleChoice:
-    return MultipleChoice(
-        f"bigbench_{name}",
-        Source("hails/bigbench", f"{name}_zero_shot", "default"),
-        ("inputs", "targets", "multiple_choice_targets"),
-        _bigbench,
-    )
-
-
-_NORMED = ("acc", "acc_norm")
 _ARC = Source("allenai/ai2_arc", "ARC-Challenge", "test", "train")
 _TRUTHFULQA = Source("truthfulqa/truthful_qa", "multiple_choice", "validation")
-_TASKS: list[MultipleChoice | GSM8K] = [
-    MultipleChoice("arc_challenge", _ARC, ("question", "choices", "answerKey"), _arc, 25, _NORMED),
-    MultipleChoice("truthfulqa_mc1", _TRUTHFULQA, ("question", "mc1_targets"), _truthfulqa("mc1_targets")),
-    MultipleChoice("truthfulqa_mc2", _TRUTHFULQA, ("question", "mc2_targets"), _truthfulqa("mc2_targets")),
-    MultipleChoice(
-        "winogrande",
-        Source("allenai/winogrande", "winogrande_xl", "validation", "train"),
-        ("sentence", "option1", "option2", "answer"),
-        _winogrande,
-        5,
-        spare=True,
-    ),
-    MultipleChoice(
-        "hellaswag",
-        Source("Rowan/hellaswag", "data", "validation", "train"),
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        _hellaswag,
-        10,
-        _NORMED,
-        spare=True,
-    ),
-    MultipleChoice(
-        "openbookqa",
-        Source("allenai/openbookqa", "main", "test"),
-        ("question_stem", "choices", "answerKey"),
-        _openbookqa,
-        0,
-        _NORMED,
-    ),
-    *map(
-        _bigbench_task,
-        ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation"),
-    ),
-    *map(_subject, MMLU),
-    GSM8K(),
+_WINOGRANDE = Source("allenai/winogrande", "winogrande_xl", "validation", "train")
+_HELLASWAG = Source("Rowan/hellaswag", "data", "validation", "train")
+_OPENBOOKQA = Source("allenai/openbookqa", "main", "test")
+_GSM8K = Source("openai/gsm8k", "main", "test", "train")
+_MC1, _MC2 = partial(_truthfulqa, "mc1_targets"), partial(_truthfulqa, "mc2_targets")
+_GSM8K_STOPS = {"0.4.13": ("Question:", "</s>", "<|im_end|>"), "0.4.0": ("\n\n", "Question:")}
+
+
+def _bigbench_task(name: str) -> Benchmark:
+    source = Source("hails/bigbench", f"{name}_zero_shot", "default")
+    return Benchmark(f"bigbench_{name}", source, _bigbench, accuracy)
+
+
+def _mmlu_task(subject: str) -> Benchmark:
+    about = subject.replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+    source = Source("cais/mmlu", subject, "test", "dev")
+    return Benchmark(f"mmlu_{subject}", source, _mmlu, accuracy, 5, first=True, description=header)
+
+
+_TABLE = [
+    # Name, source, question, metrics, few-shot examples.
+    Benchmark("arc_challenge", _ARC, _arc, normalised_accuracy, 25),
+    Benchmark("truthfulqa_mc1", _TRUTHFULQA, _MC1, accuracy),
+    Benchmark("truthfulqa_mc2", _TRUTHFULQA, _MC2, probability_of_truth),
+    Benchmark("winogrande", _WINOGRANDE, _winogrande, accuracy, 5, spare=True),
+    Benchmark("hellaswag", _HELLASWAG, _hellaswag, normalised_accuracy, 10, spare=True),
+    Benchmark("openbookqa", _OPENBOOKQA, _openbookqa, normalised_accuracy),
+    _bigbench_task("causal_judgment"),
+    _bigbench_task("sports_understanding"),
+    _bigbench_task("formal_fallacies_syllogisms_negation"),
+    *map(_mmlu_task, MMLU),
+    Benchmark("gsm8k", _GSM8K, _gsm8k, final_number, 5, max_new_tokens=256, stops=_GSM8K_STOPS),
 ]
-BENCHMARKS = {task.name: task for task in _TASKS}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 GROUPS = {
-    "mmlu": [f"mmlu_{subject}" for subject in MMLU],
+    "mmlu": ["mmlu"],  # the subjects with data
     "bigbench": [name for name in BENCHMARKS if name.startswith("bigbench")],
-    # gsm8k last: what takes long comes after what fails soon
-    "leaderboard": ["arc_challenge", "truthfulqa_mc2", "winogrande", "hellaswag", "mmlu", "gsm8k"],
 }
+# GSM8K last: what takes long comes after what fails soon.
+GROUPS["leaderboard"] = ["arc_challenge", "truthfulqa_mc2", "winogrande", "hellaswag", "mmlu", "gsm8k"]
 
 
-def summarise(task: MultipleChoice | GSM8K, rows: Sequence[dict]) -> dict[str, float]:
-    """Means of a task's metrics and their standard errors."""
+def subjects_with_data(data: Path) -> list[str]:
+    """MMLU's tasks with data. Raises FileNotFoundError, with the download command, if there are none."""
+    names = [f"mmlu_{subject}" for subject in MMLU]
+    found = [name for name in names if not BENCHMARKS[name].source.missing(data)]
+    if not found:
+        command = BENCHMARKS[names[0]].source.command(data)
+        raise FileNotFoundError(f"{data / 'mmlu'}: no subject has its two splits; get them by\n    {command}")
+    if len(found) < len(names):
+        log.warning("%s: only %d of MMLU's %d subjects", data / "mmlu", len(found), len(names))
+    return found
+
+
+def mmlu_groups(tasks: Mapping[str, dict], wanted: Collection[str]) -> dict[str, dict]:
+    """Results of MMLU and its four groups, each once all of its `wanted` subjects have theirs.
+
+    acc is the mean over documents, as in the harness, with its pooled standard error; acc_by_subject is the
+    mean over subjects, as on the leaderboard.
+    """
+    groups = {f"mmlu_{group}": subjects.split() for group, subjects in MMLU_GROUPS.items()}
+    groups["mmlu"] = list(MMLU)
     result = {}
-    for metric in task.metrics:
-        if metric in rows[0]:
-            result[metric], result[f"{metric}_stderr"] = mean_and_stderr([row[metric] for row in rows])
+    for group, subjects in groups.items():
+        names = [f"mmlu_{subject}" for subject in subjects if f"mmlu_{subject}" in wanted]
+        if not names or not all(name in tasks for name in names):
+            continue
+        done = [tasks[name] for name in names]
+        means, errors, sizes = ([task[key] for task in done] for key in ("acc", "acc_stderr", "documents"))
+        acc, error = pooled(means, errors, sizes)
+        result[group] = {"acc": acc, "acc_stderr": error, "acc_by_subject": sum(means) / len(means)}
+        result[group] |= {"acc_by_subject_stderr": math.hypot(*errors) / len(errors), "documents": sum(sizes)}
+        result[group] |= {"subjects": len(done), "of_subjects": len(subjects)}
+        result[group] |= {key: done[0][key] for key in ("few_shot", "harness")}
+        result[group]["truncated"] = sum(task["truncated"] for task in done)
     return result

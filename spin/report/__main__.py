@@ -1,4 +1,4 @@
-"""Write <run>/report.md and its figures from what is there, also while the run is at work."""
+"""Write <run>/report.md and its figures from the results so far; works during the run too."""
 
 import argparse
 import logging
@@ -10,10 +10,8 @@ from spin.report.run import asked_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's directory, also of one at work")
-    parser.add_argument(
-        "--show", action="append", default=[], metavar="TEXT", help="show the prompts that contain this"
-    )
+    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("--show", action="append", default=[], metavar="TEXT", help="prompts with this text")
     with cli.errors_in_words():
         options = parser.parse_args()
         logging.getLogger("spin").info("%s", asked_report(options.run, options.show))

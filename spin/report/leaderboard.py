@@ -1,17 +1,20 @@
-"""The paper's tables and figures, a run's evaluations beside the paper's numbers: whatever there is.
+"""The paper's tables and figures: a run's benchmarks next to the paper's numbers.
 
-Other models stand beside the run's where they were evaluated into <run>/beside/<name> (evaluate.py --model …
---out …).
+Other models are shown too if they were evaluated into <run>/beside/<name> (evaluate.py --model … --out …).
+A missing score or NaN is an empty cell or a gap.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import count, takewhile
 from pathlib import Path
+
+import numpy as np
 
 from spin.engine.files import read_json
 from spin.evaluation.mt_bench import read_judgments
-from spin.report.figures import COLORS, HATCHES, MARKERS, pyplot, save
-from spin.report.markdown import markdown
+from spin.report.figures import COLORS, HATCHES, curve, finish, label, save, subplots
+from spin.report.markdown import markdown, number
 
 # Task, metric, and the paper's name for it. MMLU's is the mean over subjects, as the leaderboard had it.
 LEADERBOARD = (
@@ -22,13 +25,6 @@ LEADERBOARD = (
     ("hellaswag", "acc_norm", "HellaSwag"),
     ("mmlu", "acc_by_subject", "MMLU"),
 )
-OTHERS = (
-    ("openbookqa", "acc_norm"),
-    ("truthfulqa_mc1", "acc"),
-    ("bigbench_causal_judgment", "acc"),
-    ("bigbench_sports_understanding", "acc"),
-    ("bigbench_formal_fallacies_syllogisms_negation", "acc"),
-)
 DOCUMENTS = (1172, 817, 1267, 1319, 10042, 14042)  # of the whole tasks, in LEADERBOARD's order
 # Percent, in the same order: arXiv 2401.01335, the table of all iterations.
 PAPER = {
@@ -38,327 +34,200 @@ PAPER = {
     "iteration 2": (65.96, 54.91, 73.56, 38.06, 85.41, 59.93),
     "iteration 3": (65.87, 54.90, 73.72, 38.97, 85.54, 59.99),
 }
+BIGBENCH = ("causal_judgment", "sports_understanding", "formal_fallacies_syllogisms_negation")
+OTHERS = ["truthfulqa_mc1", *(f"bigbench_{task}" for task in BIGBENCH)]  # by acc, after openbookqa
+OTHERS += [f"mmlu_{group}" for group in ("stem", "humanities", "social_sciences", "other")]
+COUNTS = ("truncated", "empty_choices", "dropped", "prompts_cut", "answers_cut")  # of a task's remarks
 
 
-def results_table(summary: dict, wanted: Sequence[str]) -> str:
-    """Markdown: the metrics of one evaluation's wanted tasks and of MMLU's groups, with standard errors;
-    subjects last.
-    """
-    rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness", "remarks"]]
-    groups = [name for name, task in summary["tasks"].items() if "subjects" in task]
-    wanted = [name for name in wanted if name in summary["tasks"]]
-    subjects = [name for name in wanted if name.startswith("mmlu_")]
-    names = [name for name in wanted if name not in subjects] + groups * bool(subjects) + subjects
-    for name, task in ((name, summary["tasks"][name]) for name in names):
-        for metric in (key.removesuffix("_stderr") for key in task if key.endswith("_stderr")):
-            error = task[f"{metric}_stderr"]
-            values = [
-                f"{task[metric]:.4f}",
-                "" if math.isnan(error) else f"{error:.4f}",
-                str(task["documents"]),
-            ]
-            rows.append([name, metric, *values, str(task["few_shot"]), task["harness"], _remark(task)])
-    return markdown(rows)
+def models(run: Path) -> dict[str, Path]:
+    """{"base": directory, "iteration 0": …}: the base and the iterations of a run."""
+    iterations = takewhile(Path.is_dir, (run / f"iter{n}" for n in count()))
+    return {"base": run / "base"} | {f"iteration {n}": path for n, path in enumerate(iterations)}
+
+
+def shown(model: str) -> str:
+    """A model's name in tables and figures."""
+    return "SFT model" if model == "base" else model
+
+
+def results(directory: Path) -> dict[str, dict]:
+    """{task: its metrics} of an evaluation; empty if there is none."""
+    file = directory / "summary.json"
+    return read_json(file)["tasks"] if file.is_file() else {}
 
 
 def benchmarks(run: Path) -> dict[str, dict]:
-    """{model: its tasks} of the base, the iterations and the models beside them that have benchmarks'
-    results.
-    """
-    directories = {"base": run / "base/evaluation"}
-    directories |= {
-        f"iteration {n}": run / f"iter{n}/evaluation" for n in range(len(list(run.glob("iter*"))))
-    }
-    directories |= {directory.name: directory for directory in sorted((run / "beside").glob("*"))}
-    files = {name: directory / "summary.json" for name, directory in directories.items()}
-    tasks = {name: read_json(file)["tasks"] for name, file in files.items() if file.is_file()}
-    return {name: found for name, found in tasks.items() if set(found) - {"heldout"}}
+    """{model: its tasks' metrics}, of the run and of <run>/beside, of models with benchmark results."""
+    found = {name: results(directory / "evaluation") for name, directory in models(run).items()}
+    found |= {directory.name: results(directory) for directory in sorted((run / "beside").glob("*"))}
+    return {name: tasks for name, tasks in found.items() if set(tasks) - {"heldout"}}
 
 
-def scores(tasks: dict) -> list[float | None]:
-    """Percent on the leaderboard's six, in its order; None where there is none."""
-    return [100 * tasks[task][metric] if task in tasks else None for task, metric, _ in LEADERBOARD]
+def scores(found: dict[str, dict], columns: Sequence[Sequence[str]] = LEADERBOARD) -> np.ndarray:
+    """Percent and standard error by (task, metric, …) column (models, columns, 2); NaN if missing."""
+    values = np.full((len(found), len(columns), 2), math.nan)
+    for i, tasks in enumerate(found.values()):
+        for j, (task, metric, *_) in enumerate(columns):
+            if task in tasks:
+                values[i, j] = tasks[task][metric], tasks[task].get(f"{metric}_stderr", math.nan)
+    return 100 * values
 
 
 def section(run: Path) -> list[str]:
-    """The report's paragraphs about benchmarks, with the figures written; none if there are no results."""
-    found = benchmarks(run)
-    if not found:
+    """The report's paragraphs about benchmarks, empty without results; writes the figures."""
+    if not (found := benchmarks(run)):
         return []
-    parts = ["## Benchmarks\n", leaderboard_table(found) + "\n", notes(found) + "\n"]
-    if any(value is not None for tasks in found.values() for value in scores(tasks)):
-        for plot, what in (
-            (plot_average, "average by iteration"),
-            (plot_tasks, "tasks by iteration"),
-            (plot_radar, "radar"),
-        ):
-            if figure := plot(run, found):
-                parts += [f"![{what}]({figure.name})\n"]
-    if others := other_table(found):
-        parts += [others + "\n"]
-    if judged := judged_table(run, found):
-        parts += ["### MT-Bench\n", judged + "\n"]
-    return parts
+    figures = [plot(run, found) for plot in (plot_average, plot_tasks, plot_radar)]
+    parts = ["## Benchmarks", leaderboard_table(found), notes(found), *filter(None, figures)]
+    others = [("openbookqa", "acc_norm"), *((task, "acc") for task in OTHERS)]
+    columns = [column for column in others if any(column[0] in tasks for tasks in found.values())]
+    if columns:
+        rows = [["model", *map(" ".join, columns)]]
+        for model, values in zip(found, scores(found, columns)):
+            rows.append([shown(model), *(number(*cell) for cell in values)])
+        parts.append(markdown(rows))
+    answered = {model: tasks["mt_bench"]["model_id"] for model, tasks in found.items() if "mt_bench" in tasks}
+    return parts + (["### MT-Bench", judged_table(run, answered)] if answered else [])
+
+
+def results_table(summary: dict, wanted: Sequence[str]) -> str:
+    """Markdown: metrics with standard errors of the wanted tasks; MMLU's groups and subjects last."""
+    tasks = summary["tasks"]
+    subjects = [name for name in wanted if name in tasks and name.startswith("mmlu_")]
+    groups = [name for name in tasks if subjects and "subjects" in tasks[name]]
+    others = [name for name in wanted if name in tasks and name not in subjects]
+    rows = [["task", "metric", "value", "standard error", "documents", "few-shot", "harness", "remarks"]]
+    for name, task in ((name, tasks[name]) for name in others + groups + subjects):
+        about = [task["documents"], task["few_shot"], task["harness"], _remark(task)]
+        for metric in (key.removesuffix("_stderr") for key in task if key.endswith("_stderr")):
+            values = [number(task[key], form=".4f") for key in (metric, f"{metric}_stderr")]
+            rows.append([name, metric, *values, *about])
+    return markdown(rows)
 
 
 def leaderboard_table(found: dict[str, dict]) -> str:
-    """Markdown: percent with standard errors; under each model of the paper's its numbers, and the difference
-    on whole tasks.
-    """
-    rows = [["model", *(name for _, _, name in LEADERBOARD), "average"]]
-    for model, tasks in found.items():
-        ours = scores(tasks)
-        errors = [tasks.get(task, {}).get(f"{metric}_stderr") for task, metric, _ in LEADERBOARD]
-        cells = ["" if value is None else _with_error(value, error) for value, error in zip(ours, errors)]
-        rows.append([shown(model), *cells, _percent(_average(ours))])
+    """Markdown: percent with standard errors, the paper's numbers, and the differences on whole tasks."""
+    rows = [["model", *(name for *_, name in LEADERBOARD), "average"]]
+    for model, values in zip(found, scores(found)):
+        ours = [*values[:, 0], values[:, 0].mean()]
+        rows.append([shown(model), *(number(*cell) for cell in values), number(ours[-1])])
         if model in PAPER:
-            theirs = [*PAPER[model], sum(PAPER[model]) / len(PAPER[model])]
-            rows.append(["— the paper", *map(_percent, theirs)])
-            whole = [
-                tasks.get(task, {}).get("documents") == count
-                for (task, *_), count in zip(LEADERBOARD, DOCUMENTS)
-            ]
-            pairs = zip([*ours, _average(ours)], theirs, [*whole, all(whole)])
-            rows.append(
-                [
-                    "— difference",
-                    *(f"{a - b:+.2f}" if a is not None and complete else "" for a, b, complete in pairs),
-                ]
-            )
+            theirs = [*PAPER[model], float(np.mean(PAPER[model]))]
+            sizes = [found[model].get(task, {}).get("documents") for task, *_ in LEADERBOARD]
+            whole = np.equal(sizes, DOCUMENTS)
+            pairs = zip(ours, theirs, [*whole, whole.all()])
+            differences = [number(a - b, form="+.2f") if complete else "" for a, b, complete in pairs]
+            rows.append(["— the paper", *(number(value) for value in theirs)])
+            rows.append(["— difference", *differences])
     return markdown(rows)
 
 
 def notes(found: dict[str, dict]) -> str:
-    """What a reader must know of the numbers, once for all models of which it is the same."""
-    of: dict[str, list[str]] = {}
+    """Version of the harness, documents and remarks, stated once for all models that share them."""
+    models_of: dict[str, list[str]] = {}
     for model, tasks in found.items():
-        of.setdefault(_facts(tasks), []).append(shown(model))
-    if len(of) == 1:
-        return "Percent ± one standard error. " + next(iter(of))
-    return "\n\n".join(
-        ["Percent ± one standard error.", *(f"{', '.join(models)}: {facts}" for facts, models in of.items())]
-    )
-
-
-def _facts(tasks: dict) -> str:
-    """Harness, numbers of documents, what was cut: of one model."""
-    harness = sorted({task["harness"] for task in tasks.values() if task["harness"][0].isdigit()})
-    lines = [f"Scored as lm-evaluation-harness {' and '.join(harness)} does."] if harness else []
-    sizes = {name: tasks[name]["documents"] for name, *_ in LEADERBOARD if name in tasks}
-    lines += (
-        ["Documents: " + ", ".join(f"{name} {size}" for name, size in sizes.items()) + "."] if sizes else []
-    )
-    if "mmlu" in tasks and tasks["mmlu"]["subjects"] < tasks["mmlu"]["of_subjects"]:
-        lines.append(f"MMLU: {tasks['mmlu']['subjects']} of its {tasks['mmlu']['of_subjects']} subjects.")
-    for name, task in tasks.items():
-        if not name.startswith("mmlu_") and (remark := _remark(task)):
-            lines.append(f"{name}: {remark}.")
-    return " ".join(lines)
+        versions = {task["harness"] for task in tasks.values() if task["harness"][0].isdigit()}
+        facts = f"scored as lm-evaluation-harness {' and '.join(sorted(versions))} does. " if versions else ""
+        single = {name: task for name, task in tasks.items() if not name.startswith("mmlu_")}
+        remarks = {name: f" ({remark})" if (remark := _remark(task)) else "" for name, task in single.items()}
+        sizes = [f"{name} {task['documents']}{remarks[name]}" for name, task in single.items()]
+        models_of.setdefault(f"{facts}Documents: {', '.join(sizes)}.", []).append(shown(model))
+    lines = [f"{', '.join(names)}: {facts}" for facts, names in models_of.items()]
+    return "\n\n".join(["Percent ± one standard error.", *lines])
 
 
 def _remark(task: dict) -> str:
-    """What befell a task's documents."""
-    parts = [f"{task['truncated']} contexts cut at the left"] if task.get("truncated") else []
-    parts += [f"{task['empty_choices']} empty choices"] if task.get("empty_choices") else []
-    parts += ["answers without any probability"] if math.isnan(task.get("acc", 0)) else []
-    parts += [
-        f"{task[what]} {what.replace('_', ' ')}"
-        for what in ("dropped", "prompts_cut", "answers_cut")
-        if task.get(what)
-    ]
-    return ", ".join(parts)
+    """What was truncated, dropped, left out or undefined in a task."""
+    remarks = [f"{task[key]} {key.replace('_', ' ')}" for key in COUNTS if task.get(key)]
+    if task.get("subjects", 0) < task.get("of_subjects", 0):
+        remarks.append(f"{task['subjects']} of its {task['of_subjects']} subjects")
+    if math.isnan(task.get("acc", 0)):
+        remarks.append("answers without any probability")
+    return ", ".join(remarks)
 
 
-def other_table(found: dict[str, dict]) -> str:
-    """Markdown: the tasks beside the leaderboard's, MMLU's groups among them; empty if there are none."""
-    columns = [
-        *OTHERS,
-        *((f"mmlu_{group}", "acc") for group in ("stem", "humanities", "social_sciences", "other")),
-    ]
-    columns = [(task, metric) for task, metric in columns if any(task in tasks for tasks in found.values())]
-    if not columns:
-        return ""
-    rows = [["model", *(f"{task} {metric}" for task, metric in columns)]]
-    for model, tasks in found.items():
-        cells = [
-            _with_error(100 * tasks[task][metric], tasks[task].get(f"{metric}_stderr"))
-            if task in tasks
-            else ""
-            for task, metric in columns
-        ]
-        rows.append([shown(model), *cells])
-    return markdown(rows)
-
-
-def judged_table(run: Path, found: dict[str, dict]) -> str:
-    """Markdown: MT-Bench's scores from <run>/mt_bench_judgment, the judge's files; empty without answers."""
-    answered = {model: tasks["mt_bench"] for model, tasks in found.items() if "mt_bench" in tasks}
-    if not answered:
-        return ""
+def judged_table(run: Path, answered: dict[str, str]) -> str:
+    """Markdown: MT-Bench's scores from the judge's file in <run>/mt_bench_judgment, by {model: model_id}."""
     judged = read_judgments(run / "mt_bench_judgment")
     rows = [["model", "turn 1", "turn 2", "average"]]
-    for model, task in answered.items():
-        of_model = judged.get(task["model_id"], {})
-        rows.append(
-            [shown(model), *(f"{of_model[key]:.2f}" if key in of_model else "" for key in rows[0][1:])]
-        )
-    note = "The paper: 5.94 for the SFT model, 6.78 after SPIN."
-    if len(judged) < len(answered):
-        note += " Without a score: answered, but no verdict of the judge in mt_bench_judgment/."
+    for model, name in answered.items():
+        rows.append([shown(model), *(number(judged.get(name, {}).get(key, math.nan)) for key in rows[0][1:])])
+    note = "The paper: 5.94 for the SFT model, 6.78 after SPIN. Empty: no verdict in mt_bench_judgment/."
     return f"{markdown(rows)}\n\n{note}"
 
 
-def plot_average(run: Path, found: dict[str, dict]) -> Path | None:
-    """average.png: the average by iteration, ours and the paper's, over the tasks that every model of ours
-    has, if any.
-    """
-    own = {
-        model: {i: score for i, score in enumerate(scores(tasks)) if score is not None}
-        for model, tasks in found.items()
-        if model in PAPER or model.startswith("iteration")
-    }
-    common = [i for i in range(len(LEADERBOARD)) if own and all(i in values for values in own.values())]
-    if not common:
-        return None
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    places = [*PAPER, *(model for model in own if model not in PAPER)]
-    means = [
-        {
-            places.index(model): sum(values[i] for i in common) / len(common)
-            for model, values in of_models.items()
-        }
-        for of_models in (own, PAPER)
-    ]
-    for which, (label, style) in enumerate((("this run", "-"), ("the paper", "--"))):
-        curve, other = means[which], means[1 - which]
-        axes.plot(
-            curve.keys(), curve.values(), style, color=COLORS[which], marker=MARKERS[which], label=label
-        )
-        for x, y in curve.items():
-            higher = (y, -which) > (other.get(x, y), which - 1)
-            axes.annotate(
-                f"{y:.2f}",
-                (x, y),
-                textcoords="offset points",
-                xytext=(0, 7 if higher else -14),
-                ha="center",
-                fontsize=8,
-                color=COLORS[which],
-            )
-    axes.legend(frameon=False)
-    axes.set_xticks(range(len(places)), [shown(model) for model in places])
-    names = (
-        "the six tasks" if len(common) == len(LEADERBOARD) else ", ".join(LEADERBOARD[i][2] for i in common)
-    )
-    axes.set_title(f"Average by iteration: {names}", fontsize=11)
-    axes.set_ylabel("percent")
+def plot_average(run: Path, found: dict[str, dict]) -> str:
+    """average.png: the average by iteration, ours and the paper's, over the tasks that all models have."""
+    own = {model: found[model] for model in models(run) if model in found}
+    values = scores(own)[..., 0]
+    common = ~np.isnan(values).any(axis=0)
+    if not own or not common.any():
+        return ""
+    ours = dict(zip(own, values[:, common].mean(axis=1)))
+    paper = dict(zip(PAPER, np.array([*PAPER.values()])[:, common].mean(axis=1)))
+    places = list(dict.fromkeys([*PAPER, *own]))
+    figure, ((axes,),) = subplots()
+    for place, (name, means, other) in enumerate((("this run", ours, paper), ("the paper", paper, ours))):
+        curve(axes, map(places.index, means), means.values(), place, label=name)
+        for model, mean in means.items():
+            offset = -14 if other.get(model, 0) > mean else 7
+            label(axes, places.index(model), mean, f"{mean:.2f}", offset, color=COLORS[place])
+    axes.set_xticks(range(len(places)), map(shown, places))
     axes.margins(y=0.15)
-    axes.grid(axis="y", alpha=0.3)
-    return save(plt, figure, run / "average.png")
+    names = [name for (*_, name), kept in zip(LEADERBOARD, common) if kept]
+    finish(axes, f"Average by iteration: {'the six tasks' if common.all() else ', '.join(names)}", "percent")
+    return save(figure, run / "average.png", "average by iteration")
 
 
-def plot_tasks(run: Path, found: dict[str, dict]) -> Path:
-    """tasks.png: for each task that there is, bars by iteration, one standard error on them, the paper's
-    numbers as lines.
-    """
-    plt = pyplot()
-    there = [i for i, (task, *_) in enumerate(LEADERBOARD) if any(task in tasks for tasks in found.values())]
-    rows, columns = (2, (len(there) + 1) // 2) if len(there) > 3 else (1, len(there))
-    figure, grid = plt.subplots(rows, columns, figsize=(1 + 3.4 * columns, 0.6 + 2.9 * rows), squeeze=False)
-    for axes in grid.flat[len(there) :]:
-        axes.set_visible(False)
-    for i, axes in zip(there, grid.flat):
-        task, metric, name = LEADERBOARD[i]
-        models = [model for model, tasks in found.items() if task in tasks]
-        ends = []
-        for x, model in enumerate(models):
-            place, value = list(found).index(model), 100 * found[model][task][metric]
-            error = 100 * found[model][task].get(f"{metric}_stderr", math.nan)
-            error = 0.0 if math.isnan(error) else error
-            axes.bar(
-                x,
-                value,
-                color=COLORS[place % len(COLORS)],
-                hatch=HATCHES[place % len(HATCHES)],
-                edgecolor="white",
-                yerr=error or None,
-                capsize=3,
-            )
-            axes.annotate(
-                f"{value:.1f}",
-                (x, value + error),
-                textcoords="offset points",
-                xytext=(0, 3),
-                ha="center",
-                fontsize=8,
-            )
-            ends += [value - error, value + error]
-            if model in PAPER:
-                axes.plot([x - 0.45, x + 0.45], [PAPER[model][i]] * 2, color="black", linewidth=1.6)
-                ends.append(PAPER[model][i])
-        slant = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if set(models) - set(PAPER) else {}
-        axes.set_xticks(range(len(models)), [_short(model) for model in models], fontsize=9, **slant)
-        span = max(ends) - min(ends)
-        axes.set_ylim(max(0, min(ends) - 0.3 * span - 1), max(ends) + 0.2 * span + 1)
-        axes.set_title(f"{name}, percent", fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    figure.suptitle(
-        "Black lines: the paper's. Whiskers: one standard error. Axes do not start at 0.", fontsize=9
-    )
-    return save(plt, figure, run / "tasks.png")
+def plot_tasks(run: Path, found: dict[str, dict]) -> str:
+    """tasks.png: for each task bars by model with standard errors, and lines for the paper's numbers."""
+    values = scores(found)
+    present = np.flatnonzero(~np.isnan(values[..., 0]).all(axis=0))
+    if not len(present):
+        return ""
+    rows = 1 if len(present) <= 3 else 2
+    columns = math.ceil(len(present) / rows)
+    figure, grid = subplots(rows, columns, (1 + 3.4 * columns, 0.6 + 2.9 * rows))
+    x = np.arange(len(found))
+    names = [shown(model).removesuffix(" model").replace("iteration", "iter.") for model in found]
+    cycles = {"color": np.resize(COLORS, len(x)), "hatch": np.resize(HATCHES, len(x))}
+    slant = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if set(found) - set(PAPER) else {}
+    for axes, i in zip(grid.flat, present):
+        value, error = values[:, i, 0], np.nan_to_num(values[:, i, 1])
+        paper = [PAPER[model][i] if model in PAPER else math.nan for model in found]
+        axes.bar(x, value, yerr=error, capsize=3, edgecolor="white", **cycles)
+        axes.hlines(paper, x - 0.45, x + 0.45, color="black", linewidth=1.6)
+        low, high = np.fmin(value - error, paper), np.fmax(value + error, paper)
+        for place in np.flatnonzero(~np.isnan(value)):
+            label(axes, place, high[place], f"{value[place]:.1f}", 3)
+        span = np.nanmax(high) - np.nanmin(low)
+        axes.set_ylim(max(0, np.nanmin(low) - 0.3 * span - 1), np.nanmax(high) + 0.2 * span + 1)
+        axes.set_xticks(x, names, fontsize=9, **slant)
+        finish(axes, f"{LEADERBOARD[i][2]}, percent")
+    for axes in grid.flat[len(present) :]:
+        axes.remove()
+    what = "Black lines: the paper's. Whiskers: one standard error. Axes do not start at 0."
+    figure.suptitle(what, fontsize=9)
+    return save(figure, run / "tasks.png", "tasks by iteration")
 
 
-def plot_radar(run: Path, found: dict[str, dict]) -> Path | None:
-    """radar.png: the base, the last iteration and the models beside the run; None where fewer than three
-    tasks or two models.
-    """
-    own = [model for model in found if model in PAPER or model.startswith("iteration")]
-    models = list(dict.fromkeys([*own[:1], *own[-1:], *(model for model in found if model not in own)]))
-    common = [entry for entry in LEADERBOARD if all(entry[0] in found[model] for model in models)]
-    if len(common) < 3 or len(models) < 2:
-        return None
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
-    angles = [2 * math.pi * k / len(common) for k in range(len(common))]
-    curves = {model: [100 * found[model][task][metric] for task, metric, _ in common] for model in models}
-    lowest = min(value for values in curves.values() for value in values)
-    for place, (model, values) in enumerate(curves.items()):
-        axes.plot(
-            [*angles, angles[0]],
-            [*values, values[0]],
-            color=COLORS[place % len(COLORS)],
-            marker=MARKERS[place % len(MARKERS)],
-            linestyle=("-", "--", "-.", ":")[place % 4],
-            label=shown(model),
-        )
-    axes.set_xticks(angles, [name for *_, name in common])
+def plot_radar(run: Path, found: dict[str, dict]) -> str:
+    """radar.png: the base, the last iteration and the models in beside/; needs three tasks and two models."""
+    own = [model for model in models(run) if model in found]
+    chosen = list(dict.fromkeys([*own[:1], *own[-1:], *(model for model in found if model not in own)]))
+    values = scores({model: found[model] for model in chosen})[..., 0]
+    common = np.flatnonzero(~np.isnan(values).any(axis=0))
+    if len(common) < 3 or len(chosen) < 2:
+        return ""
+    figure, ((axes,),) = subplots(size=(6.4, 5.6), subplot_kw={"projection": "polar"})
+    angles = 2 * math.pi * np.arange(len(common)) / len(common)
+    for place, (model, row) in enumerate(zip(chosen, values[:, common])):
+        curve(axes, [*angles, 0], [*row, row[0]], place, label=shown(model))
+    axes.set_xticks(angles, [LEADERBOARD[i][2] for i in common])
     axes.tick_params(axis="x", pad=14)
     axes.set_rlabel_position(30)
-    axes.set_ylim(max(0, 10 * math.floor(lowest / 10 - 0.5)), None)
+    axes.set_ylim(max(0, 10 * math.floor(values[:, common].min() / 10 - 0.5)), None)
     axes.set_title("Percent by task", fontsize=11, pad=22)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.08, 1.08))
-    return save(plt, figure, run / "radar.png")
-
-
-def shown(model: str) -> str:
-    """A model's name for people."""
-    return "SFT model" if model == "base" else model
-
-
-def _short(model: str) -> str:
-    return "SFT" if model == "base" else model.replace("iteration ", "iter. ")
-
-
-def _average(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if len(there) == len(values) else None
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None or math.isnan(error) else f"{value:.2f} ± {100 * error:.2f}"
+    return save(figure, run / "radar.png", "radar")

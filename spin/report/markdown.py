@@ -1,26 +1,33 @@
-"""Tables and marked differences in Markdown."""
+"""Tables, numbers and marked differences in Markdown."""
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 
 
 def markdown(rows: Sequence[Sequence[object]], longest: int = 200) -> str:
-    """A table of the rows, the first its head; a cell is one line of at most so many characters."""
-    cells = [
-        [re.sub(r"(?<!\\)\|", r"\\|", " ".join(str(cell).split()))[:longest] for cell in row] for row in rows
-    ]
+    """A table of the rows, the first its head; each cell becomes one line of at most `longest` characters."""
+    lines = [[" ".join(str(cell).split()) for cell in row] for row in rows]
+    cells = [[re.sub(r"(?<!\\)\|", r"\\|", line)[:longest] for line in row] for row in lines]
     cells.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
+def number(value: float, error: float = math.nan, form: str = ".2f") -> str:
+    """A cell with a value ± its standard error, each omitted if it is NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form}}"
+
+
 def escaped(text: str) -> str:
-    """A text from data, so that Markdown and HTML in it are shown and not rendered."""
+    """A text from data with its Markdown and HTML escaped."""
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text)
 
 
 def marked(before: str, text: str) -> str:
-    """`text` as one paragraph in which words that `before` does not have in their place are bold."""
+    """`text` as one escaped paragraph, with the words that differ from `before` in bold."""
     old, new = before.split(), text.split()
     parts = []
     for what, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():

@@ -1,0 +1,224 @@
+"""What an iteration starts from, read and checked once, before any work."""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from model.attention import choose_backend
+from model.config import ModelConfig
+from model.mistral import Mistral
+from model.tokenizer import Tokenizer
+from model.weights import Checkpoint, fingerprint
+from spin.config import Config, Optimization
+from spin.data import Example, choose, digest, load_examples
+from spin.engine.checkpoint import bytes_to_write, check_room
+from spin.engine.distributed import this_device
+from spin.engine.files import file_digest, write_whole
+from spin.engine.metrics import check_tensorboard
+from spin.engine.recipe import Recipe, flat, recorded, to_toml
+from spin.engine.stages import check_claim, claim
+from spin.opponent import read_pairs
+from spin.trainer import Schedule, held_out_items
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An iteration that can run."""
+
+    n: int  # -1: the base
+    recipe: Recipe
+    source: Path | ModelConfig  # what is trained: a model directory, or an architecture for random weights
+    architecture: ModelConfig
+    tokenizer: Tokenizer
+    loaded: list[Example]  # all that the data path has
+    examples: list[Example]  # those of this iteration: prompts with real responses; with data.pairs, pairs
+    dropped: Counter
+
+    @property
+    def config(self) -> Config:
+        return self.recipe.at(self.n)
+
+    @property
+    def directory(self) -> Path:
+        return self.config.model_dir(self.n).parent
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return (
+            Path(self.config.sft.tokenizer or self.config.sft.init)
+            if self.n < 0
+            else self.config.model_dir(self.n - 1)
+        )
+
+    @property
+    def part(self) -> Optimization:
+        return self.config.train if self.n >= 0 else self.config.sft
+
+    @property
+    def spin(self) -> bool:
+        """Whether it trains on pairs, not on real responses alone."""
+        return self.n >= 0 and self.config.train.objective == "spin"
+
+    @property
+    def generates(self) -> bool:
+        """Whether the opponent writes responses."""
+        return self.spin and not self.config.data.pairs
+
+
+def prepare_all(recipe: Recipe, iterations: list[int]) -> list[Prepared]:
+    """The iterations in turn, after the base if iteration 0 needs one. Raises what `prepare` does, or OSError
+    if the disk has no room for their checkpoints and models.
+    """
+    config = recipe.at(0)
+    trained = [-1] if 0 in iterations and not config.model.base else []
+    prepared: list[Prepared] = []
+    for n in [*trained, *iterations]:
+        prepared.append(prepare(recipe, n, prepared[-1] if prepared else None))
+    needed = sum(bytes_to_write(p.directory, p.architecture, config.model, p.part) for p in prepared)
+    check_room(Path(config.run.dir), needed)
+    return prepared
+
+
+def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
+    """Read and check what iteration n needs; `before` is the iteration whose model will be its opponent.
+
+    Raises ValueError or OSError for whatever would stop it later: data, settings, lengths, models, packages.
+    """
+    config = recipe.at(n)
+    part, opponent = config.train if n >= 0 else config.sft, config.model_dir(n - 1)
+    tokenizer: Tokenizer
+    source: Path | ModelConfig
+    if n < 0:
+        source, architecture, tokenizer = base_source(config)
+    elif opponent.is_dir():
+        parts = (config.train, config.generate, *([config.evaluate] if config.evaluates else []))
+        source, (architecture, tokenizer) = opponent, open_model(opponent, config, parts)
+    elif before is not None and before.n == n - 1:
+        source, architecture, tokenizer = opponent, before.architecture, before.tokenizer
+    else:
+        remedy = f"run --iter {n - 1} first" if n else "model.base is the SFT model to start from"
+        raise FileNotFoundError(f"{opponent}: no such directory; {remedy}")
+
+    path, pairs = config.data.path, n >= 0 and bool(config.data.pairs)
+    if pairs:
+        path = config.data.pairs
+    if not path:
+        raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
+    dropped: Counter = Counter()
+    same = before is not None and before.config.data == config.data and (before.n >= 0 or not pairs)
+    if before is not None and same:
+        loaded, dropped = before.loaded, before.dropped
+    else:
+        loaded = load_examples(path, config.data, dropped, pairs)
+    examples = loaded if pairs or n < 0 else choose(loaded, config.data)
+
+    p = Prepared(n, recipe, source, architecture, tokenizer, loaded, examples, dropped)
+    check_claim(p.directory, settings(p), flat(Config()))
+    Schedule(part, len(examples) - len(held_out_items(part, len(examples))))
+    if part.tensorboard:
+        check_tensorboard()
+    if part.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ValueError(
+            "compile = true needs a C++ compiler, and there is none; install g++, or set it to false"
+        )
+    if n >= 0 and config.evaluates:
+        from spin.evaluation.runner import load_tasks
+
+        load_tasks(config)
+    return p
+
+
+def base_source(config: Config) -> tuple[Path | ModelConfig, ModelConfig, Tokenizer]:
+    """What [sft] starts from, a model directory or an architecture; the architecture; the tokenizer."""
+    part = config.sft
+    if config.model.base:
+        raise ValueError(f"model.base = {config.model.base!r} is set, so there is no base model to train")
+    if bool(part.init) == bool(part.architecture):
+        raise ValueError(
+            f"{config.base}: there is no base model; set model.base to a Hugging Face directory, or, to "
+            "train one here, either sft.init (weights to start from) or sft.architecture (random weights)"
+        )
+    if part.init:
+        tokenizer = Tokenizer(part.tokenizer) if part.tokenizer else None
+        return Path(part.init), *open_model(Path(part.init), config, (part,), tokenizer)
+    if not part.tokenizer:
+        raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
+    unknown = sorted(part.architecture.keys() - {field.name for field in fields(ModelConfig)})
+    if unknown:
+        raise ValueError(f"sft.architecture: {unknown[0]} is not a field of ModelConfig (model/config.py)")
+    tokenizer = Tokenizer(part.tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    given = {"vocab_size": tokenizer.vocab_size} | ids | part.architecture
+    architecture = ModelConfig.from_dict(given, "sft.architecture")
+    check_attention(config, architecture, (part,))
+    return architecture, architecture, tokenizer
+
+
+def open_model(
+    path: Path, config: Config, parts: tuple, tokenizer: Tokenizer | None = None
+) -> tuple[ModelConfig, Tokenizer]:
+    """Architecture and tokenizer of a model directory; `tokenizer` replaces its own.
+
+    Raises ValueError or OSError unless architecture, weights and tokenizer fit together, and the attention
+    backend is available for the dtypes of these `parts` of `config`.
+    """
+    tokenizer = tokenizer or Tokenizer(path)
+    architecture = ModelConfig.from_pretrained(path)
+    with torch.device("meta"):
+        Checkpoint(path).check(Mistral(architecture))
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size, "
+            f"{architecture.vocab_size}"
+        )
+    check_attention(config, architecture, parts)
+    return architecture, tokenizer
+
+
+def check_attention(config: Config, architecture: ModelConfig, parts: tuple) -> None:
+    """Raise ValueError if model.attention is unavailable for the dtype of one of the parts."""
+    for part in parts:
+        dtype = getattr(torch, part.dtype)
+        choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
+
+
+def settings(p: Prepared) -> dict:
+    """The settings that an iteration's results depend on."""
+    if p.n < 0:
+        lengths = ("data.max_length", "data.max_prompt_length")
+        return recorded(p.config, ("model", "sft")) | {name: flat(p.config)[name] for name in lengths}
+    return recorded(p.config, ("model", "data", "train") + ("generate",) * p.generates)
+
+
+def claim_directory(p: Prepared, replayed: list[Example]) -> dict:
+    """Record settings and inputs, or raise ValueError if the directory has others. Returns the inputs."""
+    model = fingerprint(p.source) if isinstance(p.source, Path) else "random weights"
+    inputs = {"init" if p.n < 0 else "opponent": model, "data": digest(p.examples)}
+    inputs |= {"tokenizer": file_digest(p.tokenizer.file)} if p.n < 0 else {"replayed": digest(replayed)}
+    claim(p.directory, settings(p) | inputs, flat(Config()))
+    if not (p.directory / "config.toml").is_file():
+        write_whole(p.directory / "config.toml", to_toml(p.config))
+    return inputs
+
+
+def earlier_pairs(p: Prepared) -> list[Example]:
+    """The pairs of the train.replay iterations before this one: generated, or given by data.pairs.
+
+    Given pairs are not replayed where this iteration is given the same ones.
+    """
+    result: list[Example] = []
+    for k in range(max(0, p.n - p.config.train.replay), p.n):
+        config = p.recipe.at(k)
+        if config.data.pairs and config.data.pairs == p.config.data.pairs:
+            continue
+        if config.data.pairs or config.train.objective == "sft":
+            path, pairs = config.data.pairs or config.data.path, bool(config.data.pairs)
+            examples = load_examples(path, config.data, Counter(), pairs)
+            result += examples if pairs else choose(examples, config.data)
+        else:
+            result += read_pairs(config.iteration_dir(k) / "generated", {}, config.data)
+    return result

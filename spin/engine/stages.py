@@ -1,0 +1,102 @@
+"""How a stage claims its directory and resumes: one mechanism for all stages.
+
+A claimed directory has inputs.json, a flat record of the settings and inputs that its results depend on:
+
+    {"train.lr": 5e-07, …, "opponent": "<fingerprint>", "data": "<digest>"}
+
+It is written before the first result. A later start with another record is refused, and so are results
+without a record. Rows that ranks produce one by one are kept by `Rows`; other results are complete or absent.
+"""
+
+from pathlib import Path
+
+from spin.engine.distributed import Ranks
+from spin.engine.files import open_own, read_json, read_jsonl, to_json, to_jsonl, write_whole
+
+RECORD = "inputs.json"
+NO_RESULT = (RECORD, "config.toml", ".lock")  # files that may exist before the record does
+
+
+def check_claim(directory: Path, record: dict, defaults: dict | None = None) -> bool:
+    """Whether `directory` is claimed. Raises ValueError for another record, or results without one.
+
+    Only the keys of `record` are compared. A key that the directory's own record lacks, of a setting added
+    since, has its value in `defaults`.
+    """
+    file = directory / RECORD
+    if file.is_file():
+        check_record(directory, (defaults or {}) | read_json(file), record)
+        return True
+    results = [path for path in directory.glob("*") if not path.name.startswith(NO_RESULT)]
+    if results:
+        raise ValueError(
+            f"{file}: missing, so {results[0].name} is of unknown origin; restore it or remove {directory}"
+        )
+    return False
+
+
+def claim(directory: Path, record: dict, defaults: dict | None = None) -> None:
+    """Record what the results of `directory` depend on, or raise ValueError as `check_claim` does."""
+    if not check_claim(directory, record, defaults):
+        write_whole(directory / RECORD, to_json(record))
+
+
+def check_record(directory: Path, recorded: dict, record: dict, results: str = "results") -> None:
+    """Raise ValueError, naming what differs, unless the results in `directory` have this record."""
+    differing = [key for key, value in record.items() if recorded.get(key) != value]
+    changed = ", ".join(_difference(key, recorded.get(key), record[key]) for key in differing)
+    if changed:
+        raise ValueError(
+            f"{directory}: {results} made with {changed}; change it back, write to another directory "
+            f"(--run.dir, --out), or remove {directory} to start again"
+        )
+
+
+def _difference(key: str, was, now) -> str:
+    """ "train.lr = 5e-07, now 1e-07"; of a digest or a list only which one."""
+    short = all(len(repr(value)) < 40 for value in (was, now))
+    return f"{key} = {was!r}, now {now!r}" if short else f"other {key}"
+
+
+class Rows:
+    """Objects that ranks append to <directory>/rank<R>.jsonl as they are made, numbered by their "doc".
+
+    A killed run resumes on any number of ranks: `done` has the numbers that exist. A torn line is removed.
+    """
+
+    def __init__(self, directory: Path, record: dict, ranks: Ranks):
+        self.directory, self.ranks = directory, ranks
+        self.done: set[int] = ranks.from_first(lambda: self._resume(record))
+
+    def _resume(self, record: dict) -> set[int]:
+        claim(self.directory, record)
+        for file in self.directory.glob("rank*.jsonl"):
+            with open_own(file, "r+") as lines:
+                lines.truncate(lines.read().rfind(b"\n") + 1)
+        return set(self._read())
+
+    def _read(self) -> dict[int, dict]:
+        rows: dict[int, dict] = {}
+        for file in sorted(self.directory.glob("rank*.jsonl")):
+            for where, row in read_jsonl(file):
+                if not isinstance(row.get("doc"), int):
+                    raise ValueError(f'{where}: no "doc"; delete the line to have it made again')
+                rows.setdefault(row["doc"], row)  # a survivor of a killed job may have written one twice
+        return rows
+
+    def append(self, rows) -> None:
+        """Write this rank's rows, each as soon as the iterable gives it."""
+        with open_own(self.directory / f"rank{self.ranks.rank}.jsonl", "a") as file:
+            for row in rows:
+                file.write(to_jsonl([row]).encode())
+                file.flush()
+
+    def complete(self, count: int) -> list[dict]:
+        """All rows, 0 to `count` - 1. Raises ValueError if one is missing."""
+        rows = self._read()
+        missing = [i for i in range(count) if i not in rows]
+        if missing:
+            raise ValueError(
+                f"{self.directory}: {len(missing)} of {count} rows are missing; run the command again"
+            )
+        return [rows[i] for i in range(count)]
