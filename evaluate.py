@@ -1,4 +1,4 @@
-"""Evaluate a run's base model and iterations, or any checkpoint; compare two results; write a run's report.
+"""Evaluate a run's base model and iterations, or any checkpoint; compare two results.
 
 torchrun evaluate.py --config configs/zephyr-7b.toml --iter base,0-3
 python evaluate.py --model DIR --tasks leaderboard --data data/eval --out DIR        # any checkpoint
@@ -17,9 +17,9 @@ from spin.engine.prepare import open_model
 from spin.engine.recipe import Recipe
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import evaluate, load_tasks
-from spin.iteration import evaluate_model, working_on
+from spin.iteration import evaluate_model
 from spin.report.leaderboard import benchmarks, leaderboard_table, results_table
-from spin.report.run import asked_report, evaluations, table, write_report
+from spin.report.run import evaluations, table, write_report
 
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 
@@ -30,19 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--iter", help="models of the run: base, 0, 0-3, or several with commas")
     what.add_argument("--model", type=Path, help="a model directory; needs --out")
     what.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two evaluations")
-    what.add_argument("--report", action="store_true", help="write the run's report from existing results")
     parser.add_argument("--out", type=Path, help="with --model: directory of the results")
-    parser.add_argument(
-        "--show", action="append", metavar="TEXT", help="with --report: prompts with this text"
-    )
     for name in SETTINGS:
         parser.add_argument(f"--{name}", help=f"short for --evaluate.{name}=…")
     with cli.errors_in_words():
         known, _ = parser.parse_known_args(argv)
         if bool(known.out) != bool(known.model):
             raise ValueError("--model DIR and --out DIR, where its results are written, go together")
-        if known.show and not known.report:
-            raise ValueError("--show selects prompts of the report; it needs --report")
         if known.compare:
             sys.stdout.write(compare(*known.compare) + "\n")
             return
@@ -53,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, recipe = cli.parse(parser, argv, more)
         if arguments.model:
             evaluate_directory(recipe.at(0), arguments.model, arguments.out)
-        elif arguments.report:
-            sys.stdout.write(f"{asked_report(Path(recipe.at(0).run.dir), arguments.show or [])}\n")
         else:
             evaluate_run(recipe, cli.iterations(arguments.iter, base=True))
 
@@ -63,7 +55,7 @@ def evaluate_directory(config: Config, model: Path, out: Path) -> None:
     """Evaluate any model directory; print a table."""
     check(config, model)
     with ranks() as group, only_process(out, hold=group.first):
-        summary, _ = evaluate(config, model, out.resolve(), group)
+        summary = evaluate(config, model, out.resolve(), group)
         if group.first:
             sys.stdout.write(results_table(summary, [task.name for task in load_tasks(config)]) + "\n")
 
@@ -74,7 +66,7 @@ def evaluate_run(recipe: Recipe, numbers: list[int]) -> None:
     for n, config in configs.items():
         check(config, config.model_dir(n), f"; run train.py --iter {max(n, 0)} first")
     run = Path(recipe.at(0).run.dir)
-    with ranks() as group, working_on(recipe.at(0), group):
+    with ranks() as group, only_process(Path(recipe.at(0).run.dir), group.first):
         for n, config in configs.items():
             evaluate_model(config, n, group)
         if group.first:
@@ -92,7 +84,7 @@ def check(config: Config, model: Path, remedy: str = "") -> None:
     if not (model / "config.json").is_file() and (model / "model" / "config.json").is_file():
         raise FileNotFoundError(f"{model}: the model is in {model / 'model'}")
     load_tasks(config)
-    open_model(model, config, (config.evaluate,))
+    open_model(model)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from spin.engine import cli
 from spin.engine.distributed import ranks
+from spin.engine.files import only_process
 from spin.engine.prepare import prepare_all
-from spin.iteration import run_iteration, working_on
+from spin.iteration import run_iteration
 from spin.talk import ask_once, interact, models
 
 
@@ -35,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepared = prepare_all(recipe, cli.iterations(arguments.iter))
             if not prepared[-1].generates:
                 raise ValueError("data.pairs or train.objective = sft is set, so nothing is generated")
-            with ranks() as group, working_on(recipe.at(0), group):
-                for p in prepared:
-                    run_iteration(p, group, "generate" if p.n >= 0 else "export")
+            run = recipe.at(0).run
+            with ranks(run.shard_size) as group, only_process(Path(run.dir), group.first):
+                for iteration in prepared:
+                    run_iteration(iteration, group, "generate" if iteration.n >= 0 else "export")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from spin.engine import cli
 from spin.engine.distributed import ranks
+from spin.engine.files import only_process
 from spin.engine.prepare import prepare_all
-from spin.iteration import evaluate_model, run_iteration, working_on
+from spin.iteration import evaluate_model, run_iteration
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, recipe = cli.parse(parser, argv)
         prepared = prepare_all(recipe, [-1] if arguments.sft else cli.iterations(arguments.iter))
         run = recipe.at(0).run
-        with ranks(run.shard_size) as group, working_on(recipe.at(0), group):
-            for p in prepared:
-                if p.n == 0:
-                    evaluate_model(p.config, -1, group)  # the baseline of all iterations
-                run_iteration(p, group)
-                if p.n >= 0:
-                    evaluate_model(p.config, p.n, group)
+        with ranks(run.shard_size) as group, only_process(Path(run.dir), group.first):
+            for iteration in prepared:
+                if iteration.n == 0:
+                    evaluate_model(iteration.config, -1, group)  # the baseline of all iterations
+                run_iteration(iteration, group)
+                if iteration.n >= 0:
+                    evaluate_model(iteration.config, iteration.n, group)
                     if group.first:
-                        from spin.report.run import write_report  # matplotlib, at the end
+                        from spin.report.run import write_report  # not above: it imports the evaluation tasks
 
                         write_report(Path(run.dir))
 

@@ -67,7 +67,9 @@ class ModelConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} is not a positive number")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
-            raise ValueError(f"num_attention_heads = {heads}: no multiple of num_key_value_heads = {groups}")
+            raise ValueError(
+                f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd; rotary embeddings need pairs")
 
@@ -81,9 +83,10 @@ class ModelConfig:
         known = {field.name: field.type for field in fields(cls)}
         try:
             _check_supported(values)
-            kept = dict(_DEFAULTS[values["model_type"]], rms_norm_eps=1e-6) if "model_type" in values else {}
+            kind = values.get("model_type")
+            kept = dict(_DEFAULTS[kind], rms_norm_eps=1e-6) if kind else {}
             given = {name: values[name] for name in known if name in values}
-            nullable = ("sliding_window", "bos_token_id")  # null is a value of these, elsewhere an omission
+            nullable = ("sliding_window", "bos_token_id")  # null means none; of the other fields, omitted
             kept |= {name: value for name, value in given.items() if value is not None or name in nullable}
             rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
             kept |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
@@ -112,7 +115,7 @@ class ModelConfig:
                 f"{file}: no such file; a model is a directory with Hugging Face's {files}"
             )
         values = read_object(file)
-        if "model_type" not in values:
+        if values.get("model_type") is None:
             raise ValueError(f"{file}: no model_type; is this a language model's config.json?")
         return cls.from_dict(values, str(file))
 

@@ -56,7 +56,7 @@ class Mistral(nn.Module):
     def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), norms 1.
 
-        The values depend only on the seed and the unsharded shapes, so ranks can take their rows of them.
+        The values depend only on the seed and the unsharded shapes, so each rank can copy its own rows.
         """
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
@@ -98,7 +98,7 @@ class Mistral(nn.Module):
             tokens, positions: (T,) ids, and their places in their sequences
             slots: (T,) the cache slot that each token's key and value are written to
             at: (R,) rows to predict from; default: all
-            targets: (R,) ids, for which logits exist `chunk` rows at a time, never as a whole
+            targets: (R,) ids, for which logits are computed `chunk` rows at a time
             prefix: keys and values that precede the stream
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
@@ -132,8 +132,8 @@ class Block(nn.Module):
         return checkpoint(self._forward, x, context, use_reentrant=False, preserve_rng_state=False, **kept)
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.before(x, context.rope)
-        return self.after(x, self.self_attn.attend(q, k, v, context))
+        # No names for q, k, v, which would keep them in memory during `after`.
+        return self.after(x, self.self_attn.attend(*self.before(x, context.rope), context))
 
     def before(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         """Everything before attention. This and `after` take plain tensors, so they can be compiled."""

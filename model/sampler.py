@@ -20,7 +20,7 @@ from model.mistral import Mistral
 from model.sampling import LOWEST_TEMPERATURE, counter_uniform, sample
 from model.scheduler import ActiveSequence, Pass, Scheduler
 
-# With more slots, a step's arithmetic takes at least as long as reading the weights: nothing is gained.
+# With more slots, a step is compute-bound and throughput no longer rises.
 MOST_SLOTS = {"cuda": 512, "cpu": 128}
 CACHE_SHARE = 0.8  # of free memory for the cache; the rest is for activations and logits
 GRAPHS_ON = ("cuda",)  # devices on which launching a step's kernels takes longer than running them
@@ -62,11 +62,11 @@ def generate(model: Mistral, prompts: Sequence[Sequence[int]], **settings) -> li
 
 def generate_stream(model: Mistral, prompts: Sequence[Sequence[int]], **settings) -> Iterator[Response]:
     """Each response as soon as it is complete; `settings` as for `generate_tokens`."""
-    begun: dict[int, list[Token]] = {}
+    unfinished: dict[int, list[Token]] = {}
     for token in generate_tokens(model, prompts, **settings):
-        begun.setdefault(token.index, []).append(token)
+        unfinished.setdefault(token.index, []).append(token)
         if token.last:
-            tokens = begun.pop(token.index)
+            tokens = unfinished.pop(token.index)
             logps = None if token.logp is None else [t.logp for t in tokens if t.logp is not None]
             yield Response(token.index, [t.id for t in tokens], logps)
 

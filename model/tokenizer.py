@@ -52,7 +52,7 @@ class Tokenizer:
 
     @cached_property
     def lone_newlines(self) -> bool:
-        """Whether "\\n" is part of no longer token, so that lines can be encoded one by one."""
+        """Whether "\\n" is always a token of its own, so that lines can be encoded separately."""
         pieces = map(self._model.id_to_piece, range(self.vocab_size))
         return not any("\n" in piece for piece in pieces if piece != "\n")
 
@@ -62,7 +62,7 @@ class Tokenizer:
         for token in ids:
             pending.append(token)
             text = self.decode_continuation(pending)
-            if not text.endswith("\ufffd"):  # which stands for bytes that are no character, or none yet
+            if not text.endswith("\ufffd"):  # incomplete or invalid UTF-8
                 yield text
                 pending = []
         if pending:

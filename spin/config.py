@@ -69,9 +69,9 @@ class Optimization:
     optimizer: str = "rmsprop"  # rmsprop or adamw (betas 0.9 and 0.999), both without weight decay
     lr: float = 5e-7  # peak learning rate
     batch_size: int = 64  # examples per step, over all ranks
-    epochs: float = 2.0  # when to stop
+    epochs: float = 2.0  # passes over the examples; may be fractional
     schedule_epochs: float = 0.0  # length of the learning rate schedule; 0: `epochs`
-    warmup: float = 0.1  # share of the schedule with linear warm-up; linear decay to 0 after it
+    warmup: float = 0.1  # fraction of the schedule; linear decay to 0 follows
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32
     seed: int = 0  # order of the examples
@@ -85,9 +85,7 @@ class Optimization:
     unsharded_gradients: bool = _free(False)  # reduce gradients once per step; 4 bytes per parameter
     checkpoint_every: int = _free(200)  # steps
     keep_checkpoints: int = _free(2)  # how many of the last checkpoints are kept
-    tensorboard: bool = _free(
-        False
-    )  # also write the metrics as TensorBoard events, in <iteration>/tensorboard
+    tensorboard: bool = _free(False)  # also write TensorBoard events to <iteration>/tensorboard
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,9 @@ class Evaluate:
     tasks: str = "heldout"  # with commas: heldout, leaderboard, arc_challenge, … (spin/evaluation), mt_bench
     data: str = _free("data/eval")  # directory of the benchmarks' data sets, as `hf download` writes them
     harness: str = "0.4.13"  # the lm-evaluation-harness whose numbers are given; the paper's is 0.4.0
-    heldout: str = ""  # prompts with right answers, a path like data.path; empty: train.py evaluates nothing
+    heldout: str = ""  # questions with right answers for the task heldout; a path like data.path
     limit: int = 0  # the first documents of each task; 0: all
-    answer_pattern: str = (
-        ""  # regular expression; the answer is the last match's group. Empty: the whole text
-    )
+    answer_pattern: str = ""  # regular expression whose last match has the answer as its group; "": all
     max_new_tokens: int = 256
     temperature: float = 1.0  # of the sampled answer; a greedy one is always given too
     seed: int = 1

@@ -46,19 +46,15 @@ def initial_loss(kind: str) -> float:
     return float(LOSSES[kind](torch.zeros(())))
 
 
-# What spin_step returns, as means over a step's pairs; drift is |log p_θ − log p_θt|, of both responses.
-METRICS = tuple("loss accuracy margin reward_real reward_generated logps_real logps_generated drift".split())
-
-
 def spin_step(
-    logps: Tensor,  # (2 B,) the policy's, of each pair's real and generated response in turn
+    logps: Tensor,  # (2 B,) the policy's; real and generated responses alternate
     opponent: Tensor,  # (B, 2) the opponent's, of the same
     identical: Tensor,  # (B,) bool: both responses are the same text
     pairs: int,
     beta: float,
     kind: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """A micro-batch's share of the loss of a step of `pairs` pairs, and its shares of METRICS."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the loss of a step of `pairs` pairs, and its shares of the step's metrics."""
     real, generated = logps.view(-1, 2).unbind(-1)  # (B,)
     opponent_real, opponent_generated = opponent.unbind(-1)
     # The same text has one log-prob, even if rounding differs between its two places: its gradient is 0.
@@ -67,19 +63,19 @@ def spin_step(
     loss = spin_loss(real, generated, opponent_real, opponent_generated, beta, kind).sum() / pairs
     with torch.no_grad():
         margin = margins(real, generated, opponent_real, opponent_generated)
-        metrics = (
-            (margin > 0).float(),  # accuracy
-            margin,
-            beta * (real - opponent_real),
-            beta * (generated - opponent_generated),
-            real,
-            generated,
-            (real - opponent_real).abs() + (generated - opponent_generated).abs(),
-        )
-        return loss, [loss, *(metric.sum() / pairs for metric in metrics)]
+        metrics = {
+            "accuracy": (margin > 0).float(),
+            "margin": margin,
+            "reward_real": beta * (real - opponent_real),
+            "reward_generated": beta * (generated - opponent_generated),
+            "logps_real": real,
+            "logps_generated": generated,
+            "drift": (real - opponent_real).abs() + (generated - opponent_generated).abs(),
+        }
+        return loss, {"loss": loss} | {name: values.sum() / pairs for name, values in metrics.items()}
 
 
-def sft_step(logps: Tensor, tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """A micro-batch's share of the loss of a step of `tokens` response tokens, and of METRICS."""
+def sft_step(logps: Tensor, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of the mean loss per token of a step of `tokens` response tokens."""
     loss = -logps.sum() / tokens
-    return loss, [loss]
+    return loss, {"loss": loss}

@@ -37,17 +37,21 @@ def generate_pairs(
     directory: Path,
     ranks: Ranks,
 ) -> None:
-    """Answer every prompt with the opponent and leave `directory` with pairs as JSONL shards and meta.json.
+    """Answer every prompt with the opponent; write pairs to `directory` as JSONL shards with meta.json.
 
-    Responses are kept as they come (`Rows`), so a killed run resumes on any number of ranks. `record` says
+    Responses are saved as they finish (`Rows`), so a killed run resumes on any number of ranks. `record` says
     what they depend on. meta.json has counts, mean lengths and a digest of the pairs.
     """
     settings, folder = config.generate, directory.with_name(directory.name + ".rows")
+    if ranks.from_first(directory.is_dir):
+        ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a run killed between the two
+        log.info("%s: finished, nothing to do", directory)
+        return
     counts: Counter = Counter()
     prompts = encode_prompts(examples, tokenizer, settings.template, config.data, counts)
     rows = Rows(folder, record | _shapes(config, ranks), ranks)
     missing = sorted(set(range(len(prompts))) - rows.done, key=lambda i: (-len(prompts[i]), i))
-    if settings.fixed_slots:  # a prompt has its slot on any rank: deal so that slots have equally many
+    if settings.fixed_slots:  # a prompt's slot does not depend on its rank: equally many per slot for each
         mine = [i for i in missing if i // settings.slots % ranks.world_size == ranks.rank]
     else:  # by length, so that every rank has about as much to do
         mine = missing[ranks.rank :: ranks.world_size]
@@ -88,7 +92,7 @@ def _responses(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        seed=settings.seed * 1_000_003 + n,  # else a prompt would get the same random numbers every time
+        seed=settings.seed * 1_000_003 + n,  # each iteration samples differently
         eos_id=tokenizer.eos_id,
         streams=mine,
         slots=slots,
@@ -96,8 +100,8 @@ def _responses(
         fixed_slots=settings.fixed_slots,
         vocab_limit=tokenizer.vocab_size,
     )
-    # Under another template than in training, an opponent may begin with a blank that no real response has,
-    # and the policy would learn to see that.
+    # With another template than in training, responses may start with a space that real ones lack; the
+    # policy would learn that difference.
     strip = str.lstrip if settings.template != config.train.template else str
     for index, ids, _ in responses:
         text = strip(tokenizer.decode_continuation(ids))
@@ -110,7 +114,7 @@ def _responses(
 
 
 def _shapes(config: Config, ranks: Ranks) -> dict:
-    """What the rounding of fixed slots depends on: it must not change while responses are missing."""
+    """What rounding depends on with fixed slots: it must not change when generation resumes."""
     if not config.generate.fixed_slots:
         return {}
     on_gpu = ranks.device.type == "cuda"
@@ -131,8 +135,8 @@ def _assemble(
     pairs = [replace(example, generated=row["response"]) for example, row in zip(examples, responses)]
     meta = {
         "pairs": len(pairs),
-        "mean_prompt_tokens": sum(lengths) / len(pairs),
-        "mean_tokens": sum(row["tokens"] for row in responses) / len(pairs),
+        "mean tokens of prompts": sum(lengths) / len(pairs),
+        "mean tokens of responses": sum(row["tokens"] for row in responses) / len(pairs),
         "prompts cut at the left": counts["prompts cut at the left"],
         "empty responses": sum(not row["response"] for row in responses),
         "responses cut at max_new_tokens": sum(not row["ended"] for row in responses),
@@ -145,7 +149,8 @@ def _assemble(
             file = new / f"part-{i:05d}-of-{len(shards):05d}.jsonl"
             file.write_text(to_jsonl(pair.to_pair() for pair in shard), encoding="utf-8")
         (new / "meta.json").write_text(to_json(meta), encoding="utf-8")
-    log.info("%s: %s", directory, summary(meta))
+    described = (f"{key} {value:.6g}" for key, value in meta.items() if key != "digest")
+    log.info("%s: %s", directory, ", ".join(described))
     for pair in pairs[:SAMPLES_SHOWN]:
         texts = (pair.question, pair.real, pair.generated)
         log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", *texts)
@@ -153,7 +158,8 @@ def _assemble(
 
 def read_pairs(directory: Path, record: dict, data: Data) -> list[Example]:
     """The pairs that `generate_pairs` left. Raises ValueError if they have another record or were edited."""
-    check_claim(directory, record)
+    if not check_claim(directory, record):
+        raise FileNotFoundError(f"{directory}: no pairs; run that iteration first, or set train.replay = 0")
     pairs = load_generated(directory, data)
     if digest(pairs) != read_json(directory / "meta.json").get("digest"):
         raise ValueError(
@@ -161,16 +167,6 @@ def read_pairs(directory: Path, record: dict, data: Data) -> list[Example]:
             "with data.pairs"
         )
     return pairs
-
-
-def summary(meta: dict) -> str:
-    """meta.json in a line."""
-    return (
-        f"{meta['pairs']} pairs, on average {meta['mean_prompt_tokens']:.0f} tokens of prompt and "
-        f"{meta['mean_tokens']:.0f} of response; {meta['empty responses']} responses empty, "
-        f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens, "
-        f"{meta['prompts cut at the left']} prompts cut at the left"
-    )
 
 
 def score(model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk: int, ranks: Ranks) -> Tensor:

@@ -25,22 +25,13 @@ from spin.engine import cli
 from spin.engine.distributed import Ranks, fsdp, pretended_ranks, sharded_model
 from spin.engine.files import read_json
 from spin.engine.memory import KINDS, Memory
-from spin.engine.metrics import PEAKS
+from spin.engine.metrics import GPUS
 from spin.engine.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
 from spin.loss import spin_step
 from spin.packing import Item, flops, identical_pairs, pack, response_logps
 from spin.trainer import backward
 
 GIB = 2**30
-# GiB of memory and bytes/s of the GPUs in PEAKS, from NVIDIA's data sheets.
-GPUS = {
-    "H200": (139, 4.8e12),
-    "H100 PCIe": (80, 2.0e12),
-    "H100": (80, 3.35e12),
-    "A100": (80, 2.04e12),
-    "L40S": (44, 0.86e12),
-    "RTX 4090": (24, 1.01e12),
-}
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ARCHITECTURES = {  # SHAPE of their config.json; both have 32,000 tokens and 8 key/value heads
     "zephyr-7b": ("mistral", 4096, 14336, 32, 32),
@@ -137,7 +128,7 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
     sizes = [weight.numel() for weight in plan.parameters]  # of the whole parameters, not of this rank's
     size, trained = sum(sizes), options.pairs * (1 + part.replay)
     item = Item([1] * prompt, ([1] * real, [1] * generated))
-    forward, rate = flops(architecture, item) * trained, gpus * PEAKS[options.gpu] * options.share
+    forward, rate = flops(architecture, item) * trained, gpus * GPUS[options.gpu][0] * options.share
     useful, tokens = 3 * forward * part.epochs, part.batch_size * item.packed_length / gpus
     hours = f"{_hours(useful / rate)} for {trained} pairs, {part.epochs:g} epochs"
     # Both the forward and the backward pass gather the parameters, unless each GPU holds all of them.
@@ -152,7 +143,7 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
     lines = [
         f"{size / 1e9:.2f}e9 parameters, {options.pairs} pairs of {prompt} + {real} + {generated} tokens "
         f"(prompt, real, generated), {gpus} x {options.memory:g} GiB ({options.reserve:g} reserved), "
-        f"at {options.share:.0%} of {PEAKS[options.gpu] / 1e12:.0f} TFLOP/s ({options.gpu})",
+        f"at {options.share:.0%} of {GPUS[options.gpu][0] / 1e12:.0f} TFLOP/s ({options.gpu})",
         "",
         _generate(config, architecture, size, free, options),
         f"score     {_gib(sum(score.values()))} at train.token_budget = {part.token_budget}; "
@@ -172,7 +163,7 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
 
 def _generate(config: Config, architecture: ModelConfig, size: int, free: float, options: Namespace) -> str:
     """Memory and time to generate, with a replica of all `size` parameters on each GPU."""
-    (_, bandwidth), peak, (prompt, _, generated) = GPUS[options.gpu], PEAKS[options.gpu], options.lengths
+    (peak, _, bandwidth), (prompt, _, generated) = GPUS[options.gpu], options.lengths
     dtype, length = getattr(torch, config.generate.dtype), config.generate.max_new_tokens
     weights = size * dtype.itemsize
     slot = KVCache.bytes_per_slot(architecture, config.data.max_prompt_length + length, dtype)
@@ -217,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_in_words():
         options, recipe = cli.parse(parser, argv)
         config = recipe.at(options.iter)
-        options.memory = GPUS[options.gpu][0] if options.memory is None else options.memory
+        options.memory = GPUS[options.gpu][1] if options.memory is None else options.memory
         if options.pairs is None and not config.data.num_prompts:
             raise ValueError("data.num_prompts is 0, which means all; give their number with --pairs")
         options.pairs = config.data.num_prompts if options.pairs is None else options.pairs

@@ -73,10 +73,8 @@ def models(
     for n in iterations:
         config = recipe.at(n)
         found.append(("base" if n < 0 else f"iteration {n}", config.model_dir(n), config))
-    for name, path, config in found:
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such model" + f"; train.py makes {name}" * bool(iterations))
-        open_model(path, config, (config.generate,))
+    for _, path, _ in found:
+        open_model(path)
     return found
 
 

@@ -18,7 +18,7 @@ from spin.engine.distributed import Ranks, fsdp, whole
 from spin.engine.metrics import Log, peak_flops
 from spin.engine.optimizer import make_optimizer
 from spin.engine.signals import Stopped, stop_requests
-from spin.loss import METRICS, sft_step, spin_step
+from spin.loss import sft_step, spin_step
 from spin.packing import (
     Item,
     MicroBatch,
@@ -31,11 +31,11 @@ from spin.packing import (
     response_logps,
 )
 
-# At the first step policy and opponent are the same model, so their log-probs differ by rounding alone: in
-# bf16 by some tenths of a nat for a response of 200 tokens. Other weights or pairs differ far more.
+# Before the first update policy and opponent differ only by rounding: in bf16, by a few tenths of a nat per
+# response of 200 tokens. Wrong weights or pairs give a far larger difference.
 FIRST_STEP_TOLERANCE = 0.02  # mean |log p_θ − log p_θt|, nats per token
 
-HELD_OUT = ("loss", "accuracy", "margin")  # metrics of held-out pairs; of SFT the first
+HELD_OUT = ("loss", "accuracy", "margin")  # metrics of held-out pairs; SFT has the loss only
 
 
 def train(
@@ -53,10 +53,12 @@ def train(
         opponent: (len(items), 2) log p_θt of the real and the generated response, fp32
         directory: where checkpoints/ and metrics.jsonl are written
 
-    Leaves a checkpoint of the last step. A resumed run gives the numbers of an uninterrupted one; with other
-    ranks or token_budget, up to rounding. Raises RuntimeError before the optimizer's step if loss or gradient
-    is not finite, or if policy and opponent differ at the first step; OSError if a checkpoint can't be
-    written; Stopped after SIGTERM, SIGINT or SIGHUP, once a checkpoint is written.
+    Saves a checkpoint after the last step. A resumed run gives the results of an uninterrupted one; with a
+    different number of ranks or token_budget, up to rounding.
+
+    Raises RuntimeError before the optimizer's step if loss or gradient is not finite, or if policy and
+    opponent differ at the first step; OSError if a checkpoint can't be written; Stopped after SIGTERM, SIGINT
+    or SIGHUP, once a checkpoint is written.
     """
     held_out = held_out_items(part, len(items))
     used = sorted(set(range(len(items))) - set(held_out))
@@ -75,10 +77,10 @@ def train(
     ):
         for step in range(start, schedule.stop):
             began = time.perf_counter()
-            batch, sums, seen = objective.accumulate(batches)
+            batch, shares, seen = objective.run_step(batches)
             norm = float(clip_gradient(model, part.max_grad_norm))
-            *totals, stopping = ranks.sum([*sums.tolist(), bool(requests) or checkpoints.failed])
-            means = dict(zip(METRICS, totals))
+            *totals, stopping = ranks.sum([*shares.values(), bool(requests) or checkpoints.failed])
+            means = dict(zip(shares, totals))
             objective.check(step, batch, means, norm, seen)
             for group in optimizer.param_groups:
                 group |= {"lr": schedule.lr(step), "step": step}
@@ -87,10 +89,11 @@ def train(
 
             done, last = step + 1, step + 1 == schedule.stop
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch}
-            metrics |= objective.shown(means) | {"grad_norm": norm, "lr": schedule.lr(step)}
+            metrics |= {name: mean for name, mean in means.items() if name != "drift"}
+            metrics |= {"grad_norm": norm, "lr": schedule.lr(step)}
             metrics |= objective.speed(batch, time.perf_counter() - began)
             if held_out and (done % part.heldout_every == 0 or last):
-                metrics |= objective.held_out(held_out)
+                metrics |= objective.evaluate(held_out)
             if log:
                 log.write(metrics, bar)
             bar.update()
@@ -98,7 +101,7 @@ def train(
                 checkpoints.save(done)
             if stopping:
                 checkpoints.wait()
-                raise Stopped(f"stopped after step {done} of {schedule.stop}; the same command resumes")
+                raise Stopped(f"stopped after step {done} of {schedule.stop}; run the same command to resume")
         checkpoints.wait()
 
 
@@ -107,9 +110,7 @@ class Schedule:
 
     def __init__(self, part: Optimization, examples: int):
         self.part, self.examples = part, examples
-        self.steps_per_epoch = math.ceil(
-            examples / part.batch_size
-        )  # the last step of an epoch may be smaller
+        self.steps_per_epoch = math.ceil(examples / part.batch_size)  # an epoch's last step may be smaller
         self.stop = _ceil(part.epochs * self.steps_per_epoch)
         self.total = _ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
         self.warmup = min(_ceil(part.warmup * self.total), self.total - 1)  # a run of one step has no warm-up
@@ -158,39 +159,36 @@ class Objective:
         self.identical = None if opponent is None else identical_pairs(items)
 
     def batches(self, steps: Iterable[Sequence[int]]) -> Generator[tuple[MicroBatch, Packed]]:
-        """This rank's micro-batches of the steps, packed and on the device."""
+        """Yield this rank's micro-batches of the steps, packed and on the device."""
         part, ranks = self.part, self.ranks
         plan = planned(steps, self.items, self.model.config, part.token_budget, ranks.rank, ranks.world_size)
         return packed_batches(plan, lambda chosen: pack([self.items[i] for i in chosen]), ranks.device)
 
-    def __call__(self, batch: MicroBatch, packed: Packed) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Log-probs of a micro-batch (C,), and its share of the step's loss and METRICS."""
+    def __call__(self, batch: MicroBatch, packed: Packed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log-probs of a micro-batch (C,), its share of the step's loss, and its shares of the metrics."""
         logps = response_logps(self.model, packed, self.part.logit_chunk)
-        if self.opponent is None:
+        if self.opponent is None or self.identical is None:
             return logps, *sft_step(logps, self.response_tokens(batch.step))
-        assert isinstance(self.part, Train) and self.identical is not None
-        device = self.ranks.device
-        opponent, identical = (
-            to_device(self.opponent[batch.items], device),
-            to_device(self.identical[batch.items], device),
-        )
+        assert isinstance(self.part, Train)
+        places = (self.opponent[batch.items], self.identical[batch.items])
+        opponent, identical = (to_device(tensor, self.ranks.device) for tensor in places)
         return logps, *spin_step(logps, opponent, identical, len(batch.step), self.part.beta, self.part.loss)
 
-    def accumulate(self, batches) -> tuple[Sequence[int], Tensor, list]:
-        """Add up the gradients of this rank's micro-batches of one step.
+    def run_step(self, batches) -> tuple[Sequence[int], dict[str, float], list]:
+        """Run this rank's micro-batches of one step, accumulating gradients if they are enabled.
 
-        Returns the step's items, the sums of METRICS (fp64), and log-probs with the items they belong to.
+        Returns the step's items, this rank's shares of the metrics, and log-probs with their items.
         """
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.ranks.device)
-        seen = []
+        shares, seen = [], []
         for batch, packed in batches:
-            logps, loss, shares = self(batch, packed)
-            backward(self.part, self.model, loss, self.ranks, batch.last)
-            sums[: len(shares)] += torch.stack(shares).detach().double()
+            logps, loss, metrics = self(batch, packed)
+            if torch.is_grad_enabled():
+                backward(self.part, self.model, loss, self.ranks, batch.last)
+            shares.append(torch.stack([*metrics.values()]).detach().double())
             seen.append((batch.items, logps.detach()))
             if batch.last:
                 break
-        return batch.step, sums, seen
+        return batch.step, dict(zip(metrics, torch.stack(shares).sum(0).tolist())), seen
 
     def check(self, step: int, chosen: Sequence[int], means: dict, norm: float, seen: list) -> None:
         """Raise RuntimeError if loss or gradient is not finite, or policy and opponent differ at step 0."""
@@ -203,7 +201,7 @@ class Objective:
                 f"taken. {self._names(bad or chosen)}: {which}. A lower lr or beta may help; the last "
                 "checkpoint is intact"
             )
-        drift = means["drift"] * len(chosen) / self.response_tokens(chosen)
+        drift = means.get("drift", 0.0) * len(chosen) / self.response_tokens(chosen)
         if step == 0 and drift > FIRST_STEP_TOLERANCE:
             raise RuntimeError(
                 f"step 1: policy and opponent differ by {drift:.4f} nats per token and the loss is "
@@ -211,21 +209,14 @@ class Objective:
                 "made from other weights, pairs or settings?"
             )
 
-    def shown(self, means: dict[str, float]) -> dict[str, float]:
-        """The metrics that the log shows: SFT has a loss alone."""
-        return {name: means[name] for name in (METRICS[:1] if self.opponent is None else METRICS[:-1])}
-
     @torch.no_grad()
-    def held_out(self, chosen: Sequence[int]) -> dict[str, float]:
+    def evaluate(self, chosen: Sequence[int]) -> dict[str, float]:
         """Loss, and of pairs accuracy and margin, of items that are not trained on."""
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.ranks.device)
         with closing(self.batches([chosen])) as batches:
-            for batch, packed in batches:
-                shares = self(batch, packed)[-1]
-                sums[: len(shares)] += torch.stack(shares).double()
-        fsdp(self.model).reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
-        means = dict(zip(METRICS, self.ranks.sum(sums.tolist())))
-        return {f"heldout_{name}": means[name] for name in HELD_OUT if name in self.shown(means)}
+            _, shares, _ = self.run_step(batches)
+        fsdp(self.model).reshard()  # FSDP keeps the root gathered; the optimizer needs shards
+        means = dict(zip(shares, self.ranks.sum([*shares.values()])))
+        return {f"heldout_{name}": means[name] for name in HELD_OUT if name in means}
 
     def speed(self, chosen: Sequence[int], seconds: float) -> dict[str, float]:
         """Throughput of a step over all ranks, and the peak memory of the rank that takes most.
@@ -236,7 +227,7 @@ class Objective:
         result = {
             "tokens_per_second": sum(item.packed_length for item in items) / seconds,
             f"{unit}_per_second": len(items) / seconds,
-            "memory_gb": self.ranks.max([self.ranks.peak_memory() / 1e9])[0],
+            "memory_gb": max(self.ranks.gather(self.ranks.peak_memory())) / 1e9,
         }
         if peak := peak_flops(self.ranks.device):
             useful = 3 * sum(flops(self.model.config, item) for item in items)  # forward and backward
@@ -258,12 +249,12 @@ def _not_finite(chosen: list[int], logps: Tensor) -> list[int]:
 
 
 def backward(part: Optimization, model: Mistral, loss: Tensor, ranks: Ranks, last: bool) -> None:
-    """Add a micro-batch's gradient to those before it. `last`: it is the last one of the step."""
+    """Accumulate a micro-batch's gradient; `last`: it is the step's last one."""
     if part.unsharded_gradients:
         fsdp(model).set_requires_gradient_sync(last)
-    (loss * ranks.world_size).backward()  # FSDP averages over the ranks, but the loss is a share of the sum
+    (loss * ranks.world_size).backward()  # FSDP averages over the ranks; the loss is a share of the sum
 
 
 def clip_gradient(model: Mistral, limit: float) -> Tensor:
-    """Scale the gradient down to norm `limit` if it is longer; returns its norm before, over all ranks."""
+    """Clip the gradient's norm, over all ranks, to `limit`; returns the norm before clipping."""
     return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from model.weights import save_model
 from spin.config import Model, Train
@@ -69,15 +70,13 @@ def flip(file):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: flip(path / "__0_0.distcp"),
-        lambda path: flip(path / ".metadata"),
-        lambda path: (path / "__0_0.distcp").unlink(),
+        lambda path: flip(path / "rank00000.safetensors"),
+        lambda path: (path / "rank00000.safetensors").unlink(),
         lambda path: (path / "about.json").unlink(),
         lambda path: (path / "about.json").write_text("{"),
     ],
     ids=[
         "a bit of a shard",
-        "a bit of the metadata",
         "a shard is missing",
         "no record",
         "half of the record",
@@ -121,26 +120,20 @@ class Payload:
         return (open, (str(self.file), "w"))
 
 
-@pytest.mark.parametrize("where", ["metadata", "values"])
-def test_nothing_in_a_checkpoint_is_executed(opponent, group, tmp_path, where):
-    """With digests that fit: they lie next to the files, so whoever changes one changes both."""
+def test_nothing_in_a_checkpoint_is_executed(opponent, group, tmp_path):
+    """With a digest that fits: it lies next to the file, so whoever changes one changes both."""
     undisturbed = run(opponent, group, tmp_path / "run")
     path, traces = tmp_path / "run/checkpoints/step-000006", tmp_path / "executed"
-    if where == "metadata":
-        (path / ".metadata").write_bytes(pickle.dumps(Payload(traces)))
-    else:  # a value that is no tensor, which torch unpickles
-        reader = torch.distributed.checkpoint.FileSystemReader(path)
-        entries = reader.read_metadata().state_dict_metadata
-        state = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-        name = next(iter(state))
-        shutil.rmtree(path)
-        torch.distributed.checkpoint.save(state | {name: Payload(traces)}, checkpoint_id=path)
+    assert sorted(file.name for file in path.iterdir()) == ["about.json", "rank00000.safetensors"]
+    file = path / "rank00000.safetensors"
+    for content in (pickle.dumps(Payload(traces)), save({"no/parameter": torch.zeros(2)})):
         traces.unlink(missing_ok=True)
-    files = {file.name: file_digest(file) for file in path.iterdir() if file.name != "about.json"}
-    (path / "about.json").write_text(json.dumps({"step": 6, "inputs": "", "files": files}))
-    with pytest.raises(OSError, match="step-000006: cannot be loaded .*; remove it to resume without"):
-        run(opponent, group, tmp_path / "run")
-    assert not traces.exists()
+        file.write_bytes(content)
+        about = {"step": 6, "inputs": "", "files": {file.name: file_digest(file)}}
+        (path / "about.json").write_text(json.dumps(about))
+        with pytest.raises(OSError, match="step-000006: cannot be loaded .*; remove it"):
+            run(opponent, group, tmp_path / "run")
+        assert not traces.exists()
     shutil.rmtree(path)
     assert same(run(opponent, group, tmp_path / "run"), undisturbed)
 
@@ -148,7 +141,7 @@ def test_nothing_in_a_checkpoint_is_executed(opponent, group, tmp_path, where):
 def test_when_all_are_damaged_training_begins_anew(opponent, group, tmp_path):
     undisturbed = run(opponent, group, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").iterdir():
-        flip(path / "__0_0.distcp")
+        flip(path / "rank00000.safetensors")
     assert same(run(opponent, group, tmp_path / "run"), undisturbed)
 
 
@@ -185,11 +178,11 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(opponent, group, tmp_path, c
     undisturbed = run(opponent, group, tmp_path / "run", **changes)
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     (_, last) = steps(tmp_path / "run")
-    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")
+    flip(tmp_path / "run/checkpoints" / last / "rank00000.safetensors")
     assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == losses
     # once more: the one put aside before makes way
-    flip(tmp_path / "run/checkpoints" / last / "__0_0.distcp")
+    flip(tmp_path / "run/checkpoints" / last / "rank00000.safetensors")
     assert same(run(opponent, group, tmp_path / "run", **changes), undisturbed)
 
 

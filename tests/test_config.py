@@ -49,6 +49,7 @@ def test_command_line_wins_over_iteration_over_recipe_over_default(tmp_path):
         ("iteration = [1]", None, "iterations are tables"),
         ("[[iteration]]\ntrain.lr = -1.0", None, "r.toml, iteration 0: train.lr = -1.0 is out of range"),
         ("[data]\nprompt_column = 'q'", None, "go together"),
+        ("", "--run.dir=", "run.dir is empty"),
         ("[train", None, "not TOML"),
         ("", "--train.lr", "not of the form --section.key=value"),
         ("", "--lr=3", "not of the form"),

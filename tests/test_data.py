@@ -63,7 +63,7 @@ def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "a", "response": "b"', "not JSON"),
+        ('{"prompt": "a", "response": "b"', "invalid row"),
         ('["a"]', "an object is needed, not list"),
         ('{"prompt": "  ", "response": "b"}', "empty prompt"),
         ('{"prompt": "a", "response": ""}', "empty response"),
@@ -77,8 +77,8 @@ def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
         ('{"messages": "a"}', "must be a list"),
         (json.dumps({"messages": [SYSTEM, SYSTEM, USER, ANSWER]}), "a turn of 'system' where one of user"),
         (json.dumps({"messages": [USER, USER, ANSWER]}), "a turn of 'user' where one of assistant"),
-        ("[" * 100_000, "not JSON"),
-        ('{"prompt": "a", "response": ' + "1" * 5000 + "}", "not JSON"),
+        ("[" * 100_000, "invalid row"),
+        ('{"prompt": "a", "response": ' + "1" * 5000 + "}", "invalid row"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
@@ -103,7 +103,7 @@ def test_a_bad_pair_is_refused_with_file_and_line(tmp_path, generated, message):
 
 def test_text_that_is_not_utf_8_is_refused_with_its_file(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "a\xff", "response": "b"}\n')
-    with pytest.raises(ValueError, match="d.jsonl: not UTF-8 text"):
+    with pytest.raises(ValueError, match="d.jsonl:.* invalid row .*utf-8"):
         load(tmp_path / "d.jsonl")
 
 

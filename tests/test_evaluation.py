@@ -555,10 +555,10 @@ def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
         "b": {"turn 1": 10, "average": 10},
     }
     write_jsonl(tmp_path / "gpt-4_single.jsonl", [{"winner": "model_1"}])
-    with pytest.raises(ValueError, match="single.jsonl:1: a verdict needs"):
+    with pytest.raises(ValueError, match="single.jsonl:1: a judgment needs"):
         read_judgments(tmp_path)
     write_jsonl(tmp_path / "claude_single.jsonl", scores)
-    with pytest.raises(ValueError, match="one judge's verdicts"):
+    with pytest.raises(ValueError, match="one judge's judgments"):
         read_judgments(tmp_path)
 
 
@@ -567,7 +567,6 @@ def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
     [
         (["--iter", "0", "--out", "x"], "go together"),
         (["--model", "x"], "go together"),
-        (["--iter", "0", "--show", "a"], "--show selects prompts of the report"),
     ],
 )
 def test_flags_without_the_one_that_they_belong_to_are_refused(arguments, message):

@@ -416,7 +416,7 @@ def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):
         assert "the pairs were edited; remove" in output and "evaluate" not in output
     (copy / "iter0/generated/part-00000-of-00001.jsonl").write_text("no JSON\n")
     output = run_script("generate.py", *recipe(copy), "--iter", "0", fails=True)
-    assert "part-00000-of-00001.jsonl:1: not JSON" in output
+    assert "part-00000-of-00001.jsonl:1: invalid row" in output
 
 
 def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path):
@@ -426,7 +426,7 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
     rows = [json.loads(line) for line in open(tmp_path / "run/iter0/generated/part-00000-of-00001.jsonl")]
     meta = json.loads((tmp_path / "run/iter0/generated/meta.json").read_text(encoding="utf-8"))
     assert meta["pairs"] == len(rows) == 49
-    assert meta["mean_tokens"] <= 3 and meta["mean_prompt_tokens"] <= 12
+    assert meta["mean tokens of responses"] <= 3 and meta["mean tokens of prompts"] <= 12
     # Cut means: three tokens, the last of which does not end the text. A token is a letter here.
     assert (
         meta["responses cut at max_new_tokens"]
@@ -434,8 +434,8 @@ def test_the_closing_summary_counts_and_shows_samples(finished, recipe, tmp_path
         > 0
     )
     assert meta["prompts cut at the left"] == sum(len(row["real"][0]["content"]) + 1 > 12 for row in rows) > 0
-    assert f"{meta['responses cut at max_new_tokens']} cut at max_new_tokens" in output
-    assert f"{meta['prompts cut at the left']} prompts cut at the left" in output
+    assert f"responses cut at max_new_tokens {meta['responses cut at max_new_tokens']}" in output
+    assert f"prompts cut at the left {meta['prompts cut at the left']}" in output
     assert "generated 49 responses: " in output and "tokens/s" in output
     first = rows[0]
     assert (
@@ -461,7 +461,7 @@ def test_fixed_slots_go_on_with_the_same_slots_only_until_all_is_generated(undis
         assert message in run_script("generate.py", *arguments, fails=True)
     (rows / "inputs.json").write_text(json.dumps(record | {"generate.slots": 5, "threads": 1}))
     (rows / "rank0.jsonl").write_text('{"doc": 1}\nnot a row\n')
-    assert "rank0.jsonl:2: not JSON" in run_script("generate.py", *arguments, fails=True)
+    assert "rank0.jsonl:2: invalid row" in run_script("generate.py", *arguments, fails=True)
 
 
 def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
@@ -494,8 +494,9 @@ def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
 def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, recipe):
     run, _ = finished
     for arguments, message in (
-        (["--iter", "base,7", "--prompt", "a"], "iter7/model: no such model"),
+        (["--iter", "base,7", "--prompt", "a"], "iter7/model/config.json: no such file"),
         (["--iter", "0", "--prompt", " "], "--prompt is empty"),
+        (["--iter", "base", "--prompt", "a" * 100_000], "the question has 100001 tokens; base takes 1 to"),
         (["--model", str(run)], "--model and several --iter need --prompt"),
         (["--iter", "0,1"], "several --iter need --prompt"),
         (["--iter", "base"], "several --iter need --prompt"),

@@ -76,7 +76,7 @@ def test_model_and_spin_print_nothing(part):
 
 
 def test_only_distributed_knows_of_ranks():
-    known = {"distributed.py", "checkpoint.py"}  # the latter by torch.distributed.checkpoint
+    known = {"distributed.py", "checkpoint.py"}
     for file in [*files("model"), *files("spin")]:
         if file.name not in known:
             assert not any(name.startswith("torch.distributed") for name in imports(file)), file

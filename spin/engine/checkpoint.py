@@ -1,24 +1,22 @@
 """Sharded checkpoints of training, written in the background; export to a Hugging Face directory."""
 
 import logging
-import pickle
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import copy_tokenizer, write_checkpoint
 from spin.config import Model, Optimization
-from spin.engine.distributed import Ranks, whole
+from spin.engine.distributed import TIMEOUT, Ranks, local, shard_rows, whole
 from spin.engine.files import commit, file_digest, read_json, to_json, whole_directory
 from spin.engine.optimizer import state_bytes
 from spin.engine.stages import RECORD
@@ -29,17 +27,16 @@ log = logging.getLogger("spin")
 class Checkpoints:
     """<directory>/step-NNNNNN: parameters and optimizer state, each rank's shards, written during training.
 
-    A checkpoint gets its name when every rank's files are on disk, with about.json: their digests, the step,
+    A checkpoint gets its name when every rank's file is on disk, with about.json: their digests, the step,
     and a digest of the iteration's inputs.json. The last `keep` are kept. It loads on any number of ranks.
-    Loading executes nothing that a file contains.
     """
 
     def __init__(
         self, directory: Path, keep: int, model: Mistral, optimizer: torch.optim.Optimizer, ranks: Ranks
     ):
         self.directory, self.keep, self.ranks = directory, keep, ranks
-        self.model, self.optimizer = model, optimizer
-        self.group = ranks.new_group()  # its own, apart from training's collectives
+        self.parameters, self.optimizer = dict(model.named_parameters()), optimizer
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # apart from training's collectives
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -58,7 +55,12 @@ class Checkpoints:
             path = _path(self.directory, step)
             damaged = [name for names in self.ranks.gather(self._damaged(path, step)) for name in names]
             if not damaged:
-                self._load(path)
+                try:
+                    self._load(path)
+                except (SafetensorError, IndexError, KeyError, RuntimeError) as error:
+                    raise OSError(
+                        f"{path}: cannot be loaded ({error}); remove it to resume without"
+                    ) from None
                 return step
             self.ranks.from_first(lambda: _put_aside(path, damaged[0]))
         return 0
@@ -69,9 +71,11 @@ class Checkpoints:
         path = _path(self.directory, step)
         partial = path.with_name(path.name + ".partial")
         self.ranks.from_first(lambda: partial.mkdir(parents=True))
-        copied = dcp.async_save(self._state()[0], checkpoint_id=partial, process_group=self.group)
-        assert isinstance(copied, Future)  # as long as no stager is given
-        self.pending = self.writer.submit(self._finish, copied, step, partial, path)
+        tensors = {}  # copies, which training doesn't change
+        for name, parameter in self.parameters.items():
+            for key, value in {"": parameter, **self.optimizer.state[parameter]}.items():
+                tensors[f"{name}/{key}"] = local(value).detach().to("cpu", copy=True)
+        self.pending = self.writer.submit(self._write, tensors, step, partial, path)
 
     @property
     def failed(self) -> bool:
@@ -80,54 +84,32 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for the checkpoint in progress. Raises OSError if it couldn't be written."""
-        if self.pending is None:
-            return
         pending, self.pending = self.pending, None
         try:
-            pending.result()
-        except (OSError, CheckpointException) as error:
+            if pending:
+                pending.result()
+        except OSError as error:
             raise OSError(
-                f"{self.directory}: the checkpoint could not be written ({_cause(error)}). Earlier ones are "
-                "intact; once that is solved, the same command resumes from the last one"
+                f"{self.directory}: the checkpoint could not be written ({error}). Earlier ones are intact; "
+                "once that is solved, the same command resumes from the last one"
             ) from error
 
-    def _state(self) -> tuple[dict, dict]:
-        """The tensors of a checkpoint, and the optimizer's other values, which follow from the settings.
-
-        torch would store the latter as pickles.
-        """
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer["state"]}, {"param_groups": optimizer["param_groups"]}
-
-    def _load(self, path: Path) -> None:
-        state, other = self._state()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about torch's own deprecated storage classes
+    def _write(self, tensors: dict[str, Tensor], step: int, partial: Path, path: Path) -> None:
+        """Write this rank's file; the first rank then completes the checkpoint. All ranks raise the same."""
+        file = partial / f"rank{self.ranks.rank:05d}.safetensors"
+        written: dict[str, str] = {}
+        failure: OSError | None = None
+        try:
+            if self.ranks.rank < self.ranks.mesh["shards"].size():  # the first replica
+                save_file(tensors, file)
+                written = {file.name: file_digest(file)}
+        except (OSError, SafetensorError) as error:
+            failure = OSError(f"{file}: {error}")
+        of_ranks = self.ranks.gather((written, failure), self.group)
+        failure = next((error for _, error in of_ranks if error), None)
+        if self.ranks.first and not failure:
             try:
-                dcp.load(state, storage_reader=_TensorReader(path), planner=_TensorPlanner())
-            except CheckpointException as error:
-                raise OSError(
-                    f"{path}: cannot be loaded ({_cause(error)}); remove it to resume without"
-                ) from error
-        optimizer = {"state": state["optimizer"], **other}
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer
-        )
-
-    def _inputs(self) -> str:
-        """A digest of what the iteration depends on; empty if there is no record of it."""
-        file = self.directory.parent / RECORD
-        return file_digest(file) if file.is_file() else ""
-
-    def _finish(self, copied: Future, step: int, partial: Path, path: Path) -> None:
-        copied.result()
-        mine = {file.name: file_digest(file) for file in partial.glob(f"__{self.ranks.rank}_*")}
-        digests = self.ranks.gather(mine, self.group)
-        failure = None
-        if self.ranks.first:
-            try:
-                files = {name: digest for part in digests for name, digest in part.items()}
-                files[".metadata"] = file_digest(partial / ".metadata")
+                files = {name: digest for digests, _ in of_ranks for name, digest in digests.items()}
                 about = {"step": step, "inputs": self._inputs(), "files": files}
                 (partial / "about.json").write_text(to_json(about))
                 commit(partial, path)
@@ -137,6 +119,33 @@ class Checkpoints:
                 failure = error
         if failure := self.ranks.gather(failure, self.group)[0]:  # no rank continues before it is complete
             raise failure
+
+    @torch.no_grad()
+    def _load(self, path: Path) -> None:
+        """Read this rank's rows. Concatenated in the order of ranks, the files have all rows of a tensor."""
+        with ExitStack() as opened:
+            files = [opened.enter_context(safe_open(f, "pt")) for f in sorted(path.glob("*.safetensors"))]
+            for entry in files[0].keys():
+                name, key = entry.rsplit("/", 1)
+                parameter, parts = self.parameters[name], [file.get_slice(entry) for file in files]
+                if not parts[0].get_shape():  # AdamW's step
+                    self.optimizer.state[parameter][key] = files[0].get_tensor(entry)
+                    continue
+                rows, first, values = shard_rows(parameter), 0, []
+                for part in parts:
+                    size = part.get_shape()[0]
+                    begin, end = (min(max(row - first, 0), size) for row in (rows.start, rows.stop))
+                    values.append(part[begin:end])
+                    first += size
+                value = torch.cat(values)
+                if key:
+                    self.optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype)
+                local(self.optimizer.state[parameter][key] if key else parameter).copy_(value)
+
+    def _inputs(self) -> str:
+        """A digest of what the iteration depends on; empty if there is no record of it."""
+        file = self.directory.parent / RECORD
+        return file_digest(file) if file.is_file() else ""
 
     def _damaged(self, path: Path, step: int) -> list[str]:
         """What is wrong with a checkpoint: this rank's share of the files is compared with the digests."""
@@ -157,33 +166,6 @@ class Checkpoints:
         """Remove what a killed run was writing."""
         for partial in self.directory.glob("step-*.partial"):
             shutil.rmtree(partial)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch stores a checkpoint's metadata as a pickle. This reads it without calling anything else."""
-
-    def find_class(self, module: str, name: str):
-        known = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        known = known or (module, name) in (("pathlib", "PosixPath"), ("torch.serialization", "_get_layout"))
-        known = known or (module, name) == ("torch", "Size")
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint contains")
-
-
-class _TensorReader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _TensorPlanner(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item, value) -> None:
-        """torch unpickles whatever is not a tensor; these checkpoints contain tensors only."""
-        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 def bytes_to_write(directory: Path, architecture: ModelConfig, model: Model, part: Optimization) -> int:
@@ -222,11 +204,6 @@ def _complete(directory: Path) -> list[int]:
     """Steps of the complete checkpoints."""
     names = (path.name.removeprefix("step-") for path in directory.glob("step-*"))
     return [int(name) for name in names if name.isdigit()]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of the first rank that had one."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card: str, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Process group, mesh, sharding and reductions: apart from checkpoints, the only code that knows of ranks.
+"""Process group, device mesh, sharding and collectives.
 
 `python train.py` is one rank, `torchrun --nproc-per-node 8 train.py` eight; both run the same code. On a CPU
 the collectives are gloo's.
@@ -25,8 +25,8 @@ from model.kv_cache import free_memory
 from model.mistral import Mistral
 from model.weights import Checkpoint
 
-# How long a rank waits for another, which may still be sampling, hashing a checkpoint or writing a shard.
-PATIENCE = timedelta(hours=4)
+# How long a rank waits for one that is still sampling, hashing a checkpoint or writing a shard.
+TIMEOUT = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,11 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def max(self, values: list[float]) -> list[float]:
-        """Element-wise maximum over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
-
     def gather(self, value, group=None) -> list:
         """The value of every rank, in the order of ranks, on every rank."""
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group)
         return values
-
-    def new_group(self):
-        """Another group of all ranks, for CPU collectives in a thread of their own."""
-        return dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def from_first(self, make):
         """make() of the first rank, on every rank; an OSError or ValueError there is raised on every rank."""
@@ -140,13 +130,13 @@ def ranks(shard_size: int = 0):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # After a restart torchrun's store still has the addresses of the ranks that died. (One agent
             # counts the restarts; of several each counts its own: they need
             # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/clusters.md.)
             store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     alone = dist.get_world_size() == 1

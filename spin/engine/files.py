@@ -13,26 +13,18 @@ from pathlib import Path
 from model.config import read_object as read_json  # noqa: F401  the rest of spin/ imports it from here
 
 
-def read_text(path: Path) -> str:
-    """UTF-8 text, with or without a byte-order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-
-
 def read_toml(path: Path) -> dict:
-    """The tables of a TOML file."""
+    """The tables of a TOML file, UTF-8 with or without a byte-order mark."""
     try:
-        return tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
 
 
-def read_jsonl(path: Path, whole_lines: bool = False) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path: Path, key: str = "", whole_lines: bool = False) -> Iterator[tuple[str, dict]]:
     """("file:line", object) of each line. `whole_lines` skips a last line that is still being written.
 
-    Raises ValueError, naming file and line, for a line that is not a JSON object.
+    Raises ValueError, naming file and line, for a line that is not a JSON object or lacks the number `key`.
     """
     number = 0
     try:
@@ -43,11 +35,11 @@ def read_jsonl(path: Path, whole_lines: bool = False) -> Iterator[tuple[str, dic
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"an object is needed, not {type(row).__name__}")
+                if key and not isinstance(row.get(key), int):
+                    raise ValueError(f"it needs a number {key!r}")
                 yield f"{path}:{number}", row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+        raise ValueError(f"{path}:{number}: invalid row ({error})") from None
 
 
 def to_json(value) -> str:
@@ -58,39 +50,23 @@ def to_jsonl(rows) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@contextmanager
-def open_own(path: Path, mode: str):
-    """Open a file of a run directory for writing, in binary mode.
-
-    Raises OSError, naming the file, also where the disk is full, and for a symbolic link in the file's place:
-    a run directory may come from somebody else, and a link in it must not lead a write elsewhere.
-    """
-
-    def no_link(name, flags):
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-    try:
-        with open(path, mode + "b", opener=no_link) as file:
-            yield file
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that refuses symbolic links: a planted one would redirect a write elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent."""
-    commit_bytes(path, text.encode())
-
-
-def commit_bytes(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file that is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open_own(partial, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb", opener=no_link) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(partial)  # a full disk's error has none
+        raise
     os.rename(partial, path)
     _flush(path.parent)
 
@@ -129,7 +105,7 @@ def only_process(directory: Path, hold: bool = True):
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with open_own(directory / ".lock", "w") as file:
+    with open(directory / ".lock", "wb", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,29 +1,29 @@
 """metrics.jsonl, and TensorBoard events where the recipe asks for them."""
 
 import importlib.util
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from spin.engine.files import open_own, read_jsonl, to_jsonl, write_whole
+from spin.engine.files import no_link, read_jsonl, to_jsonl, write_whole
 
-# Dense bf16 FLOP/s from NVIDIA's data sheets, by a part of the device's name; the first that matches counts.
-PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+# Dense bf16 FLOP/s, GiB and bytes/s from NVIDIA's data sheets, by a part of the device's name; the first that
+# matches counts.
+GPUS = {
+    "H200": (989e12, 139, 4.8e12),
+    "H100 PCIe": (756e12, 80, 2.0e12),
+    "H100": (989e12, 80, 3.35e12),
+    "A100": (312e12, 80, 2.04e12),
+    "L40S": (362e12, 44, 0.86e12),
+    "RTX 4090": (165e12, 24, 1.01e12),
 }
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of this GPU, if it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for part, (peak, *_) in GPUS.items() if part in name), None)
 
 
 def check_tensorboard() -> None:
@@ -38,8 +38,7 @@ class Log:
     def __init__(self, directory: Path, start: int, tensorboard: bool = False):
         path = directory / "metrics.jsonl"
         write_whole(path, to_jsonl(row for row in read_log(path) if row["step"] <= start))
-        self._opened = ExitStack()
-        self._file = self._opened.enter_context(open_own(path, "a"))
+        self._file = open(path, "ab", opener=no_link)
         self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -60,11 +59,11 @@ class Log:
         return self
 
     def __exit__(self, *error) -> None:
-        self._opened.close()
+        self._file.close()
         if self._events:
             self._events.close()
 
 
 def read_log(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl, also while it is being written; none if it doesn't exist."""
-    return [row for _, row in read_jsonl(path, whole_lines=True)] if path.is_file() else []
+    return [row for _, row in read_jsonl(path, "step", whole_lines=True)] if path.is_file() else []

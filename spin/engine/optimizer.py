@@ -34,13 +34,8 @@ class RMSprop(torch.optim.Optimizer):
         self.second_moment = second_moment
         self.chunk = CHUNK[self.param_groups[0]["params"][0].device.type]
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # casts the state to the parameters' dtype
-        for state in self.state.values():
-            state["square_avg"] = state["square_avg"].to(self.second_moment)
-
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]  # torch passes closure=None
+    def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, alpha, eps = float(group["lr"]), group["alpha"], group["eps"]
             for place, parameter in enumerate(group["params"]):

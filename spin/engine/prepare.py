@@ -95,14 +95,16 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     if n < 0:
         source, architecture, tokenizer = base_source(config)
     elif opponent.is_dir():
-        parts = (config.train, config.generate, *([config.evaluate] if config.evaluates else []))
-        source, (architecture, tokenizer) = opponent, open_model(opponent, config, parts)
+        source, (architecture, tokenizer) = opponent, open_model(opponent)
     elif before is not None and before.n == n - 1:
         source, architecture, tokenizer = opponent, before.architecture, before.tokenizer
     else:
         remedy = f"run --iter {n - 1} first" if n else "model.base is the SFT model to start from"
         raise FileNotFoundError(f"{opponent}: no such directory; {remedy}")
 
+    for used in [part] if n < 0 else [part, config.generate, *[config.evaluate] * config.evaluates]:
+        dtype = getattr(torch, used.dtype)
+        choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
     path, pairs = config.data.path, n >= 0 and bool(config.data.pairs)
     if pairs:
         path = config.data.pairs
@@ -144,7 +146,7 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, ModelConfig, Tokeni
         )
     if part.init:
         tokenizer = Tokenizer(part.tokenizer) if part.tokenizer else None
-        return Path(part.init), *open_model(Path(part.init), config, (part,), tokenizer)
+        return Path(part.init), *open_model(Path(part.init), tokenizer)
     if not part.tokenizer:
         raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
     unknown = sorted(part.architecture.keys() - {field.name for field in fields(ModelConfig)})
@@ -154,20 +156,16 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, ModelConfig, Tokeni
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     given = {"vocab_size": tokenizer.vocab_size} | ids | part.architecture
     architecture = ModelConfig.from_dict(given, "sft.architecture")
-    check_attention(config, architecture, (part,))
     return architecture, architecture, tokenizer
 
 
-def open_model(
-    path: Path, config: Config, parts: tuple, tokenizer: Tokenizer | None = None
-) -> tuple[ModelConfig, Tokenizer]:
+def open_model(path: Path, tokenizer: Tokenizer | None = None) -> tuple[ModelConfig, Tokenizer]:
     """Architecture and tokenizer of a model directory; `tokenizer` replaces its own.
 
-    Raises ValueError or OSError unless architecture, weights and tokenizer fit together, and the attention
-    backend is available for the dtypes of these `parts` of `config`.
+    Raises ValueError or OSError if weights or tokenizer do not match the architecture.
     """
-    tokenizer = tokenizer or Tokenizer(path)
     architecture = ModelConfig.from_pretrained(path)
+    tokenizer = tokenizer or Tokenizer(path)
     with torch.device("meta"):
         Checkpoint(path).check(Mistral(architecture))
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -175,15 +173,7 @@ def open_model(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size, "
             f"{architecture.vocab_size}"
         )
-    check_attention(config, architecture, parts)
     return architecture, tokenizer
-
-
-def check_attention(config: Config, architecture: ModelConfig, parts: tuple) -> None:
-    """Raise ValueError if model.attention is unavailable for the dtype of one of the parts."""
-    for part in parts:
-        dtype = getattr(torch, part.dtype)
-        choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
 
 
 def settings(p: Prepared) -> dict:

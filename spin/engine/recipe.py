@@ -45,8 +45,8 @@ class Recipe:
     """
 
     def __init__(self, path: str | Path, overrides: Iterable[str] = ()):
-        self.path = Path(path)
-        if path and not self.path.is_file():
+        self.path, self._source = Path(path), str(path) or "command line"
+        if path and not self.path.exists():
             raise FileNotFoundError(f"{path}: no such recipe; configs/ has some")
         table = read_toml(self.path) if path else {}
         iterations = table.pop("iteration", [])
@@ -71,7 +71,8 @@ class Recipe:
         try:
             return build(values | self._overrides)
         except ValueError as error:
-            raise ValueError(f"{self.path}, iteration {max(0, iteration)}: {error}") from None
+            where = f"{self.path}, iteration {max(0, iteration)}" if self._iterations else self._source
+            raise ValueError(f"{where}: {error}") from None
 
 
 def build(values: dict[str, object]) -> Config:
@@ -100,6 +101,8 @@ def build(values: dict[str, object]) -> Config:
 def _check_combinations(config: Config) -> None:
     """Raise ValueError for settings that exclude or need each other."""
     data = config.data
+    if not config.run.dir:
+        raise ValueError("run.dir is empty; it names the directory of all results")
     if config.generate.fixed_slots and not config.generate.slots:
         raise ValueError("generate.fixed_slots needs generate.slots, on which the text depends")
     if bool(data.prompt_column) != bool(data.response_column):

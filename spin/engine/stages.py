@@ -1,17 +1,17 @@
-"""How a stage claims its directory and resumes: one mechanism for all stages.
+"""How a stage claims its directory and resumes.
 
 A claimed directory has inputs.json, a flat record of the settings and inputs that its results depend on:
 
     {"train.lr": 5e-07, …, "opponent": "<fingerprint>", "data": "<digest>"}
 
-It is written before the first result. A later start with another record is refused, and so are results
-without a record. Rows that ranks produce one by one are kept by `Rows`; other results are complete or absent.
+It is written before the first result. A later start with another record raises ValueError, and so do results
+without a record. `Rows` keeps what ranks produce one by one; other results are complete or absent (files.py).
 """
 
 from pathlib import Path
 
 from spin.engine.distributed import Ranks
-from spin.engine.files import open_own, read_json, read_jsonl, to_json, to_jsonl, write_whole
+from spin.engine.files import no_link, read_json, read_jsonl, to_json, to_jsonl, write_whole
 
 RECORD = "inputs.json"
 NO_RESULT = (RECORD, "config.toml", ".lock")  # files that may exist before the record does
@@ -20,8 +20,8 @@ NO_RESULT = (RECORD, "config.toml", ".lock")  # files that may exist before the 
 def check_claim(directory: Path, record: dict, defaults: dict | None = None) -> bool:
     """Whether `directory` is claimed. Raises ValueError for another record, or results without one.
 
-    Only the keys of `record` are compared. A key that the directory's own record lacks, of a setting added
-    since, has its value in `defaults`.
+    Only the keys of `record` are compared. `defaults` has the values of settings that did not exist when the
+    directory's record was written.
     """
     file = directory / RECORD
     if file.is_file():
@@ -53,7 +53,7 @@ def check_record(directory: Path, recorded: dict, record: dict, results: str = "
 
 
 def _difference(key: str, was, now) -> str:
-    """ "train.lr = 5e-07, now 1e-07"; of a digest or a list only which one."""
+    """ "train.lr = 5e-07, now 1e-07"; a long value is shown by its name only."""
     short = all(len(repr(value)) < 40 for value in (was, now))
     return f"{key} = {was!r}, now {now!r}" if short else f"other {key}"
 
@@ -61,7 +61,7 @@ def _difference(key: str, was, now) -> str:
 class Rows:
     """Objects that ranks append to <directory>/rank<R>.jsonl as they are made, numbered by their "doc".
 
-    A killed run resumes on any number of ranks: `done` has the numbers that exist. A torn line is removed.
+    A killed run resumes on any number of ranks: `done` has the existing numbers. An incomplete line is cut.
     """
 
     def __init__(self, directory: Path, record: dict, ranks: Ranks):
@@ -71,22 +71,20 @@ class Rows:
     def _resume(self, record: dict) -> set[int]:
         claim(self.directory, record)
         for file in self.directory.glob("rank*.jsonl"):
-            with open_own(file, "r+") as lines:
+            with open(file, "rb+", opener=no_link) as lines:
                 lines.truncate(lines.read().rfind(b"\n") + 1)
         return set(self._read())
 
     def _read(self) -> dict[int, dict]:
         rows: dict[int, dict] = {}
         for file in sorted(self.directory.glob("rank*.jsonl")):
-            for where, row in read_jsonl(file):
-                if not isinstance(row.get("doc"), int):
-                    raise ValueError(f'{where}: no "doc"; delete the line to have it made again')
-                rows.setdefault(row["doc"], row)  # a survivor of a killed job may have written one twice
+            for _, row in read_jsonl(file, "doc"):
+                rows.setdefault(row["doc"], row)  # a rank that outlived a killed job may have written twice
         return rows
 
     def append(self, rows) -> None:
         """Write this rank's rows, each as soon as the iterable gives it."""
-        with open_own(self.directory / f"rank{self.ranks.rank}.jsonl", "a") as file:
+        with open(self.directory / f"rank{self.ranks.rank}.jsonl", "ab", opener=no_link) as file:
             for row in rows:
                 file.write(to_jsonl([row]).encode())
                 file.flush()

@@ -15,7 +15,7 @@ from spin.evaluation.task import CHARACTERS_PER_TOKEN, LoadedModel, Task
 
 
 def load_benchmark(benchmark: Benchmark, data: Path, limit: int, harness: str) -> Task:
-    """Raises FileNotFoundError with the download command, or ValueError for a bad document."""
+    """A benchmark as a task. Raises FileNotFoundError with the download command, or ValueError."""
     # That version dropped Winogrande's examples.
     few_shot = 0 if benchmark.name == "winogrande" and harness == "0.4.0" else benchmark.few_shot
     documents = benchmark.documents(data, limit, few_shot)

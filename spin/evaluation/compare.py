@@ -23,6 +23,8 @@ def compare(a: Path, b: Path) -> str:
         if not (directory / "summary.json").is_file():
             raise FileNotFoundError(f"{directory}: no summary.json; an evaluation's directory is needed")
     summaries = [read_json(directory / "summary.json") for directory in (a, b)]
+    if not all("records" in summary for summary in summaries):
+        raise ValueError(f"{a} or {b} is an older version's evaluation; run it again")
     lines: list[str] = []
     flips: list[str] = []
     others: list[str] = []

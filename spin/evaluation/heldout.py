@@ -18,7 +18,7 @@ SETTINGS = ("answer_pattern", "max_new_tokens", "temperature", "seed")  # that r
 
 
 def load_heldout(settings: Evaluate, data: Data, template: str) -> Task:
-    """Raises FileNotFoundError, or ValueError for a bad file or a pattern without exactly one group."""
+    """The held-out task. Raises FileNotFoundError, or ValueError for a bad file or pattern."""
     if not settings.heldout:
         raise FileNotFoundError("evaluate.heldout is not set: prompts with right answers, as data.path")
     _check_pattern(settings.answer_pattern)
@@ -36,7 +36,9 @@ def _check_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"evaluate.answer_pattern = {pattern!r}: no regular expression ({error})") from None
+        raise ValueError(
+            f"evaluate.answer_pattern = {pattern!r}: not a regular expression ({error})"
+        ) from None
     if pattern and groups != 1:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, not {groups}")
 

@@ -29,7 +29,7 @@ TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning", "are
 
 
 def load_mt_bench(settings: Evaluate, data: Data, template: str) -> Task:
-    """Raises FileNotFoundError, with the download command, or ValueError for a bad question."""
+    """The MT-Bench task. Raises FileNotFoundError with the download command, or ValueError."""
     file = Path(settings.data) / QUESTIONS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; get it by\n    curl --create-dirs -o {file} {URL}")
@@ -97,11 +97,11 @@ def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
     """
     files = sorted(directory.glob("*.jsonl"))
     if len(files) > 1:
-        raise ValueError(f"{directory}: {len(files)} files; one judge's verdicts are needed")
+        raise ValueError(f"{directory}: {len(files)} files; one judge's judgments are needed")
     scores: dict[str, dict[str, list[float]]] = {}
     for where, row in (line for file in files for line in read_jsonl(file)):
         if not {"model", "score", "turn"} <= row.keys():
-            raise ValueError(f"{where}: a verdict needs model, turn and score, as in single-answer grading")
+            raise ValueError(f"{where}: a judgment needs model, turn and score, as in single-answer grading")
         if row["score"] != -1:
             for key in (f"turn {row['turn']}", "average"):
                 scores.setdefault(row["model"], {}).setdefault(key, []).append(row["score"])

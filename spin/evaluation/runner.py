@@ -71,8 +71,8 @@ def _names(tasks: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> tuple[dict, bool]:
-    """Run every task that has no results in `directory`. Returns the summary, and whether any was run.
+def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> dict:
+    """Run every task that has no results in `directory`. Returns the summary.
 
     Raises ValueError for existing results of another model or other settings.
     """
@@ -95,7 +95,7 @@ def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> 
         summary = ranks.from_first(lambda: read_json(directory / "summary.json"))
     elif tasks:
         log.info("%s: finished, nothing to do", directory)
-    return summary, bool(missing)
+    return summary
 
 
 def _check_length(task: Task, tokenizer: Tokenizer, max_length: int) -> None:
@@ -139,7 +139,7 @@ def _run(model: LoadedModel, tasks: Sequence[Task], records: dict[str, dict], di
         for task in tasks:
             bar.set_postfix({"task": task.name})
             rows = Rows(directory / f"{task.name}.partial", records[task.name], ranks)
-            bar.update(sum(task.costs[doc] for doc in rows.done) / ranks.world_size)
+            bar.total -= sum(task.costs[doc] for doc in rows.done) / ranks.world_size
             left = [doc for doc in range(len(task.documents)) if doc not in rows.done]
             left.sort(key=lambda doc: -task.costs[doc])
             rows.append(answers(task, model, sorted(left[ranks.rank :: ranks.world_size])))

@@ -24,7 +24,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     encoder: Encoder
     ranks: Ranks
-    tick: Callable[[float], object] = lambda cost: None  # called with the cost of what is done
+    tick: Callable[[float], object] = lambda cost: None  # called with the cost of each finished document
 
     @property
     def max_length(self) -> int:

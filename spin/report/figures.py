@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from spin.engine.files import commit_bytes
+from spin.engine.files import write_whole
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
@@ -48,5 +48,5 @@ def save(figure, path: Path, what: str) -> str:
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
-    commit_bytes(path, content.getvalue())
+    write_whole(path, content.getvalue())
     return f"![{what}]({path.name})"
