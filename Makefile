@@ -3,7 +3,7 @@
 # make test       the tests
 # make miniature  the default recipe over five seeds; fills docs/miniature.md
 # make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
-# make base       the miniature's shipped base model, made anew
+# make base       remake the miniature's base model
 
 PYTHON ?= python3
 BIN := .venv/bin

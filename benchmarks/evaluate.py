@@ -1,4 +1,4 @@
-"""The evaluator beside lm-evaluation-harness's hf backend: the same documents, model and tokenizer.
+"""The evaluator next to lm-evaluation-harness's hf backend: the same documents, model and tokenizer.
 
     python -m benchmarks.evaluate [--data ../shared/data/eval] [--limit 24] [--repeats 3]
 

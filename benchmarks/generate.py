@@ -1,4 +1,4 @@
-r"""The slot sampler beside transformers' generate, as the official pipeline uses it.
+r"""The slot sampler next to transformers' generate, as the official pipeline uses it.
 
     # A trained model, whose texts end:
     python -m benchmarks.generate --model DIR --data FILE [--dtype float32]
@@ -237,7 +237,7 @@ def _measure_memory(kind: str, options: argparse.Namespace) -> float:
         load.ours(load.prompts[: options.prompts], options.slots[-1])
     if load.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    # The reference's own copy of the weights is what counts for it; ours lie beside it unused.
+    # The reference's own copy of the weights is what counts for it; ours lie next to it unused.
     spare = sum(p.nbytes for p in load.model.parameters()) / 1e9 if kind != "ours" and options.model else 0
     return memory_status("VmHWM") - before - spare
 

@@ -245,7 +245,7 @@ def scoring(shape: Shape, options) -> dict:
 
 
 def generating(shape: Shape, options) -> dict:
-    """Rates by slots beside the floor, and transformers' generate: benchmarks/generate.py in this shape."""
+    """Rates by slots next to the floor, and transformers' generate: benchmarks/generate.py in this shape."""
     device = this_device().type
     command = [
         sys.executable,
@@ -404,7 +404,7 @@ def evaluating(shape: Shape, options) -> dict:
 
 
 def memory(shape: Shape, options) -> dict:
-    """What spin.plan counts beside what torch has allocated: a step of two micro-batches of the longest
+    """What spin.plan counts next to what torch has allocated: a step of two micro-batches of the longest
     pairs, scoring, decoding in the most slots; and a step with the largest budget that the plan says fits (or
     the part fails).
     """
@@ -494,7 +494,7 @@ class Figure:
 
 
 def figures(shape: Shape, results: dict) -> list[Figure]:
-    """Rates beside what the ceilings allow."""
+    """Rates next to what the ceilings allow."""
     matmul, copy = (results.get("ceilings", ASSUMED)[name] for name in ("matmul", "copy"))
     allowed = operators_shares(shape)
     items = ultrachat_like(shape, 4 * shape.pairs)
@@ -693,7 +693,7 @@ def main() -> None:
     arguments.add_argument(
         "--data", type=Path, help="benchmarks' documents as hf download leaves them, for evaluate"
     )
-    arguments.add_argument("--again", action="store_true", help="run also what is there")
+    arguments.add_argument("--again", action="store_true", help="run again what has results")
     arguments.add_argument("--predict", action="store_true", help="measure nothing: the report alone")
     # of a part's own process: its name; --out is then its file
     arguments.add_argument("--part", help=argparse.SUPPRESS)

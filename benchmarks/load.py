@@ -1,4 +1,4 @@
-"""Loading a sharded checkpoint on two ranks beside a plain read of the same bytes: time, and peak memory.
+"""Loading a sharded checkpoint on two ranks next to a plain read of the same bytes: time, and peak memory.
 
     python -m benchmarks.load [--gigabytes 1.3] [--repeats 5]
 

@@ -1,4 +1,4 @@
-"""The packed transformer beside transformers' padded batches: forward, and a training step's forward and
+"""The packed transformer next to transformers' padded batches: forward, and a training step's forward and
 backward.
 
     python -m benchmarks.model [--dtype float32] [--data FILE] [--texts 32] [--repeats 3]

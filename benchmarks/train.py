@@ -1,4 +1,4 @@
-"""The training engine beside the official pipeline re-made with transformers: the same pairs, weights and
+"""The training engine next to the official pipeline re-made with transformers: the same pairs, weights and
 steps.
 
     python -m benchmarks.train [--data pairs.jsonl] [--dtype float32] [--pairs 32] [--repeats 3]
@@ -11,7 +11,7 @@ not the logits' alone. Without --data, GSM8K's lengths are drawn to be like its.
 The reference does what the official code does: batches of 8 pairs in the data's order, prompt + real and
 prompt + generated concatenated into 16 rows and padded to the longest; policy forward and backward, reference
 model forward, every step; log-softmax of the whole logits in fp32; RMSprop. In bf16 it has fp32 master
-weights beside the bf16 ones, as DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage,
+weights next to the bf16 ones, as DeepSpeed has. Ours is `spin.trainer.train` as it is, and its score stage,
 which is counted once for two epochs, as in the paper's recipe. Losses of the steps are compared first. Each
 side has a process of its own.
 """

@@ -1,6 +1,6 @@
 """The miniature's world: its texts, from a seed, and the tokenizer that reads them.
 
-Words of 3 or 4 letters, consonants and vowels by turns. Four skills, two phrasings each. A base model reads
+Words of 3 or 4 letters, consonants and vowels alternate. Four skills, two phrasings each. A base model reads
 prompts in two registers: a textbook's (marked #), which always answers rightly, and people's talk, where a
 prompt is evaded with a probability fixed by skill, phrasing and first letter. So it knows more than it says.
 The SFT data are answered prompts in people's register, 20% of them with an annotator's mistake: another

@@ -82,10 +82,7 @@ def train(
             *totals, stopping = ranks.sum([*shares.values(), bool(requests) or checkpoints.failed])
             means = dict(zip(shares, totals))
             objective.check(step, batch, means, norm, seen)
-            for group in optimizer.param_groups:
-                group |= {"lr": schedule.lr(step), "step": step}
-            optimizer.step()
-            optimizer.zero_grad()
+            update(optimizer, schedule.lr(step), step)
 
             done, last = step + 1, step + 1 == schedule.stop
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch}
@@ -253,6 +250,14 @@ def backward(part: Optimization, model: Mistral, loss: Tensor, ranks: Ranks, las
     if part.unsharded_gradients:
         fsdp(model).set_requires_gradient_sync(last)
     (loss * ranks.world_size).backward()  # FSDP averages over the ranks; the loss is a share of the sum
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
+    """Take an optimizer step, and clear the gradient. `step` selects the random bits of rounding."""
+    for group in optimizer.param_groups:
+        group |= {"lr": lr, "step": step}
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def clip_gradient(model: Mistral, limit: float) -> Tensor:

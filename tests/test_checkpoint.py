@@ -1,4 +1,4 @@
-"""Checkpoints: written beside training, whole or not used, the last few kept."""
+"""Checkpoints: written next to training, whole or not used, the last few kept."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def test_what_is_written_is_the_state_at_the_call(opponent, group, tmp_path, sec
     checkpoints = Checkpoints(tmp_path / "c", 1, model, optimizer, group)
     checkpoints.save(1)
     for _ in range(3):
-        optimizer.step()  # training goes on at once
+        optimizer.step()  # training continues at once
     checkpoints.wait()
     assert checkpoints.restore() == 1
     assert all(torch.equal(a, b.full_tensor()) for a, b in zip(wanted, model.parameters()))
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_training_and_leaves_the_last_
     error = "checkpoint could not be written .*File too large.*Earlier ones are intact"
     assert re.search(error, done.stderr), done.stderr[-2000:]
     assert "step-000003" in steps(tmp_path / "full") and "step-000004" not in steps(tmp_path / "full")
-    assert same(run(opponent, group, tmp_path / "full"), undisturbed)  # with room again, it goes on
+    assert same(run(opponent, group, tmp_path / "full"), undisturbed)  # with room again, it resumes
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -1,4 +1,4 @@
-"""The report of benchmarks/gpu.py: what was measured beside its floor, what was not marked as predicted."""
+"""The report of benchmarks/gpu.py: what was measured next to its floor, what was not marked as predicted."""
 
 import json
 import subprocess

@@ -10,7 +10,7 @@ from model.attention import Segments
 from model.mistral import Mistral
 from spin.packing import Item, flops, pack
 
-SLOW = Rates(matmul=1e6, copy=1e3)  # beside which a kernel's least time is nothing
+SLOW = Rates(matmul=1e6, copy=1e3)  # next to which a kernel's least time is nothing
 
 
 def charged(work) -> dict[str, float]:

@@ -143,7 +143,7 @@ def ranks(shard_size: int = 0):
     try:
         group = Ranks(dist.get_rank(), dist.get_world_size(), device, _mesh(device.type, shard_size))
         yield group
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         if alone:  # a notebook's next cell starts again
             dist.destroy_process_group()
         raise

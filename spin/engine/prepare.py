@@ -1,4 +1,4 @@
-"""What an iteration starts from, read and checked once, before any work."""
+"""Load and validate what an iteration needs, once and before any work."""
 
 import os
 import shutil
@@ -27,16 +27,15 @@ from spin.trainer import Schedule, held_out_items
 
 @dataclass(frozen=True)
 class Prepared:
-    """An iteration that can run."""
+    """A validated iteration: its settings, model, tokenizer and data."""
 
     n: int  # -1: the base
     recipe: Recipe
-    source: Path | ModelConfig  # what is trained: a model directory, or an architecture for random weights
+    source: Path | ModelConfig  # initial weights: a model directory, or an architecture for random ones
     architecture: ModelConfig
     tokenizer: Tokenizer
-    loaded: list[Example]  # all that the data path has
-    examples: list[Example]  # those of this iteration: prompts with real responses; with data.pairs, pairs
-    dropped: Counter
+    examples: list[Example]  # prompts with real responses; with data.pairs, pairs
+    dropped: Counter  # examples that data.empty = "drop" left out, by cause
 
     @property
     def config(self) -> Config:
@@ -70,8 +69,9 @@ class Prepared:
 
 
 def prepare_all(recipe: Recipe, iterations: list[int]) -> list[Prepared]:
-    """The iterations in turn, after the base if iteration 0 needs one. Raises what `prepare` does, or OSError
-    if the disk has no room for their checkpoints and models.
+    """Prepare the iterations in order, after the base if iteration 0 has to train it.
+
+    Raises what `prepare` does, or OSError if the disk has no room for their checkpoints and models.
     """
     config = recipe.at(0)
     trained = [-1] if 0 in iterations and not config.model.base else []
@@ -84,9 +84,10 @@ def prepare_all(recipe: Recipe, iterations: list[int]) -> list[Prepared]:
 
 
 def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
-    """Read and check what iteration n needs; `before` is the iteration whose model will be its opponent.
+    """Load and validate iteration n, -1 for the base; `before` is prepared to run first, in the same command.
 
-    Raises ValueError or OSError for whatever would stop it later: data, settings, lengths, models, packages.
+    Raises ValueError or OSError for errors that would otherwise appear later: in data, settings, models, and
+    packages.
     """
     config = recipe.at(n)
     part, opponent = config.train if n >= 0 else config.sft, config.model_dir(n - 1)
@@ -105,20 +106,14 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     for used in [part] if n < 0 else [part, config.generate, *[config.evaluate] * config.evaluates]:
         dtype = getattr(torch, used.dtype)
         choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
-    path, pairs = config.data.path, n >= 0 and bool(config.data.pairs)
-    if pairs:
-        path = config.data.pairs
-    if not path:
-        raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
     dropped: Counter = Counter()
-    same = before is not None and before.config.data == config.data and (before.n >= 0 or not pairs)
-    if before is not None and same:
-        loaded, dropped = before.loaded, before.dropped
+    if before is None or before.config.data != config.data or (before.n < 0 and config.data.pairs):
+        examples = own_examples(config, n, dropped)
     else:
-        loaded = load_examples(path, config.data, dropped, pairs)
-    examples = loaded if pairs or n < 0 else choose(loaded, config.data)
+        dropped = before.dropped
+        examples = choose(before.examples, config.data) if before.n < 0 else before.examples
 
-    p = Prepared(n, recipe, source, architecture, tokenizer, loaded, examples, dropped)
+    p = Prepared(n, recipe, source, architecture, tokenizer, examples, dropped)
     check_claim(p.directory, settings(p), flat(Config()))
     Schedule(part, len(examples) - len(held_out_items(part, len(examples))))
     if part.tensorboard:
@@ -135,7 +130,7 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
 
 
 def base_source(config: Config) -> tuple[Path | ModelConfig, ModelConfig, Tokenizer]:
-    """What [sft] starts from, a model directory or an architecture; the architecture; the tokenizer."""
+    """Source of the initial weights (see `Prepared`), architecture and tokenizer of the base, by [sft]."""
     part = config.sft
     if config.model.base:
         raise ValueError(f"model.base = {config.model.base!r} is set, so there is no base model to train")
@@ -203,12 +198,21 @@ def earlier_pairs(p: Prepared) -> list[Example]:
     result: list[Example] = []
     for k in range(max(0, p.n - p.config.train.replay), p.n):
         config = p.recipe.at(k)
-        if config.data.pairs and config.data.pairs == p.config.data.pairs:
-            continue
-        if config.data.pairs or config.train.objective == "sft":
-            path, pairs = config.data.pairs or config.data.path, bool(config.data.pairs)
-            examples = load_examples(path, config.data, Counter(), pairs)
-            result += examples if pairs else choose(examples, config.data)
-        else:
+        if config.train.objective == "spin" and not config.data.pairs:
             result += read_pairs(config.iteration_dir(k) / "generated", {}, config.data)
+        elif not config.data.pairs or config.data.pairs != p.config.data.pairs:
+            result += own_examples(config, k, Counter())
     return result
+
+
+def own_examples(config: Config, n: int, dropped: Counter) -> list[Example]:
+    """An iteration's prompts with real responses; with data.pairs its pairs; of the base, all of data.path.
+
+    `dropped` counts the examples that data.empty = "drop" leaves out.
+    """
+    pairs = n >= 0 and bool(config.data.pairs)
+    path = config.data.pairs if pairs else config.data.path
+    if not path:
+        raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
+    examples = load_examples(path, config.data, dropped, pairs)
+    return examples if pairs or n < 0 else choose(examples, config.data)
