@@ -11,12 +11,13 @@ log = logging.getLogger("model.config")
 _OFF: tuple = (None, False, "", [], {})  # False also stands for 0
 # Fields that change the computation. They must be absent or off.
 _REFUSED = """
-    attention_bias attention_out_bias mlp_bias qkv_bias use_qkv_bias use_bias qk_norm use_qk_norm qk_layernorm
-    attention_dropout hidden_dropout resid_pdrop attention_multiplier query_pre_attn_scalar attn_scale
-    attn_temperature_tuning attn_logit_softcapping final_logit_softcapping clip_qkv scale_emb scale_depth
-    dim_model_base rope_interleave no_rope_layers no_rope_layer_interval sliding_window_pattern
-    attention_chunk_size use_bidirectional_attention alibi parallel_attn use_parallel_residual kv_lora_rank
-    num_local_experts num_experts n_routed_experts quantization_config compression_config
+    attention_bias attention_out_bias mlp_bias qkv_bias use_qkv_bias use_bias qk_norm use_qk_norm
+    qk_layernorm attention_dropout hidden_dropout resid_pdrop attention_multiplier query_pre_attn_scalar
+    attn_scale attn_temperature_tuning attn_logit_softcapping final_logit_softcapping clip_qkv scale_emb
+    scale_depth dim_model_base rope_interleave rope_interleaved no_rope_layers no_rope_layer_interval
+    sliding_window_pattern attention_chunk_size use_bidirectional_attention alibi parallel_attn
+    use_parallel_residual kv_lora_rank num_local_experts num_experts n_routed_experts quantization_config
+    compression_config
 """.split()
 # Factors that must be absent or 1.
 _FACTORS = "partial_rotary_factor embedding_multiplier residual_multiplier logits_scaling logit_scale".split()
@@ -24,18 +25,30 @@ _FACTORS = "partial_rotary_factor embedding_multiplier residual_multiplier logit
 _QUIET = """
     hidden_act rope_parameters rope_scaling layer_types max_window_layers use_sliding_window tokenizer_class
     architectures dtype torch_dtype use_cache transformers_version pad_token_id pretraining_tp _name_or_path
+    is_llama_config
 """.split()
-# transformers' defaults for fields that config.json omits.
-_DEFAULTS: dict[str, dict] = {
+# Of each model_type: transformers' defaults for fields that config.json omits, and what the family adds.
+_FAMILIES: dict[str, dict] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None, "qkv_bias": True},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "qk_norm": True,
+    },
 }
+_IMPLIED = ("qkv_bias", "qk_norm")  # by the model_type, not by a field of config.json
+# Fields of rope_scaling that change the rotary frequencies, as in Llama 3.1.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Mistral-style decoder; the fields are those of Hugging Face's config.json.
+    """Shape of a decoder of the Llama family; the fields are those of Hugging Face's config.json.
 
     A new field needs a default that changes nothing: `fingerprint` omits fields equal to their default.
     """
@@ -54,8 +67,11 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02  # standard deviation of new weights
     bos_token_id: int | None = 1
-    eos_token_id: int | list = 2
-    model_type: str = "mistral"  # or llama, the same without a window: the architecture that an export names
+    eos_token_id: int | list | None = 2
+    model_type: str = "mistral"  # the family, which an export names: mistral, llama, qwen2 or qwen3
+    rope_scaling: dict | None = None  # of Llama 3.1: the fields of _LLAMA3
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: RMSNorm of each query and key head
 
     def __post_init__(self):
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "sliding_window"):
@@ -84,14 +100,17 @@ class ModelConfig:
         try:
             _check_supported(values)
             kind = values.get("model_type")
-            kept = dict(_DEFAULTS[kind], rms_norm_eps=1e-6) if kind else {}
-            given = {name: values[name] for name in known if name in values}
+            kept = dict(_FAMILIES[kind], rms_norm_eps=1e-6) if kind else {}
+            given = {name: values[name] for name in known if name in values and name not in _IMPLIED}
             nullable = ("sliding_window", "bos_token_id")  # null means none; of the other fields, omitted
             kept |= {name: value for name, value in given.items() if value is not None or name in nullable}
             rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
             kept |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-            if kept.get("model_type") == "llama":
-                kept.pop("sliding_window", None)  # transformers' Llama ignores it
+            kept["rope_scaling"] = {name: rope[name] for name in _LLAMA3 if name in rope} or None
+            if kind not in (None, "mistral"):
+                kept.pop(
+                    "sliding_window", None
+                )  # transformers ignores it in Llama, and without a flag in Qwen
             for name, value in kept.items():
                 _check_type(name, value, known[name])
             kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
@@ -110,7 +129,9 @@ class ModelConfig:
         """Read `path`/config.json. Raises FileNotFoundError or ValueError, naming the file."""
         file = Path(path) / "config.json"
         if not file.is_file():
-            files = "config.json, tokenizer.model, and model.safetensors or its shards with their index"
+            files = (
+                "config.json, tokenizer.json or .model, and model.safetensors or its shards with their index"
+            )
             raise FileNotFoundError(
                 f"{file}: no such file; a model is a directory with Hugging Face's {files}"
             )
@@ -121,10 +142,13 @@ class ModelConfig:
 
     def to_dict(self, dtype: str) -> dict:
         """The config.json of an exported checkpoint whose tensors are of `dtype` ("bfloat16", "float32")."""
-        result = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"]}
-        result |= {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.model_type == "llama":
+        result: dict = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"]}
+        names = (field.name for field in fields(self) if field.name not in _IMPLIED)
+        result |= {name: getattr(self, name) for name in names}
+        if self.model_type != "mistral":
             del result["sliding_window"]
+        if self.rope_scaling:
+            result["rope_scaling"] = {"rope_type": "llama3"} | self.rope_scaling
         return result | dict(attention_dropout=0.0, hidden_act="silu", torch_dtype=dtype, use_cache=True)
 
 
@@ -146,10 +170,8 @@ def _require(values: dict, field: str, allowed, only: str) -> None:
 
 def _check_supported(values: dict) -> None:
     """Raise ValueError, naming the field, for a model that would be computed wrongly."""
-    _require(values, "model_type", (None, *_DEFAULTS), "'mistral' and 'llama'")
+    _require(values, "model_type", (None, *_FAMILIES), ", ".join(map(repr, _FAMILIES)))
     _require(values, "hidden_act", (None, "silu"), "'silu'")
-    kinds = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
-    _require(values, "tokenizer_class", (*_OFF, *kinds), "LlamaTokenizer: a sentencepiece model")
     for field in _FACTORS:
         _require(values, field, (None, 1), "1.0")
     for field in _REFUSED:
@@ -159,11 +181,19 @@ def _check_supported(values: dict) -> None:
     for field in given:  # transformers 4 writes the former, 5 the latter
         rope = values[field]
         plain = isinstance(rope, dict) and {**rope, "rope_theta": None}.items() <= unscaled.items()
-        allowed = [rope] if plain and len(given) == 1 else []
-        _require(values, field, allowed, "rotary embeddings without scaling, given once")
+        allowed = [rope] if len(given) == 1 and (plain or _is_llama3(rope)) else []
+        _require(values, field, allowed, "rotary embeddings without scaling or as Llama 3.1's, given once")
     missing = [field for field in _REQUIRED if values.get(field) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}; is this a language model's config.json?")
+
+
+def _is_llama3(rope) -> bool:
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "llama3":
+        return False
+    numbers = [rope.get(name) for name in _LLAMA3]
+    known = rope.keys() <= {*_LLAMA3, "rope_type", "type", "rope_theta"}
+    return known and all(isinstance(number, (int, float)) and 0 < number < 2**31 for number in numbers)
 
 
 def _check_windows(values: dict, window: int | None, layers: int) -> None:

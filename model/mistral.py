@@ -4,6 +4,7 @@ T packed tokens, N of them decoding steps, R predicted tokens, H query heads, K 
 E width, F feed-forward width, V vocabulary. Parameter names and the rotary layout are Hugging Face's.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,13 +55,13 @@ class Mistral(nn.Module):
             self.lm_head.weight = self.get_parameter("model.embed_tokens.weight")
 
     def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), norms 1.
+        """Each parameter with fresh fp32 values: matrices from N(0, initializer_range²), norms 1, biases 0.
 
         The values depend only on the seed and the unsharded shapes, so each rank can copy its own rows.
         """
         generator = torch.Generator().manual_seed(seed)
-        for weight in self.parameters():
-            values = torch.ones(weight.shape)
+        for name, weight in self.named_parameters():
+            values = torch.zeros(weight.shape) if name.endswith(".bias") else torch.ones(weight.shape)
             if weight.dim() > 1:
                 values.normal_(0, self.config.initializer_range, generator=generator)
             yield weight, values
@@ -102,7 +103,7 @@ class Mistral(nn.Module):
             prefix: keys and values that precede the stream
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
-        rope = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rotary_angles(positions, self.config)
         n = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
         step = Decoding(positions[:n], cache.longest, cache.length) if cache is not None and n else None
         context = Context(rope, self.backend(x), positions, segments, step, cache, slots, prefix)
@@ -146,24 +147,27 @@ class Block(nn.Module):
 
 
 def _keep_products():
-    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, *attention_ops()])
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    return create_selective_checkpoint_contexts([*products, *attention_ops()])
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
-        width, size = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
+        width, size, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (T, H, D), rotated keys and values (T, K, D)."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        return Rotation.apply(q, *rope), Rotation.apply(k, *rope), v
+        return Rotation.apply(self.q_norm(q), *rope), Rotation.apply(self.k_norm(k), *rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attention of the decoding rows to the cache, and of the stream to itself: (T, H·D)."""
@@ -197,12 +201,27 @@ class MLP(nn.Module):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """The rotary embedding (arXiv 2104.09864): cos, sin (T, 1, D) fp32, the first half of sin negated."""
-    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
+    size, device = config.head_dim, positions.device
+    frequencies = config.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    if config.rope_scaling:
+        frequencies = scaled_frequencies(frequencies, config.rope_scaling)
     angles = positions[:, None, None].float() * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
+    """Rotary frequencies (D/2,) as Llama 3.1 changes them (arXiv 2407.21783) to read longer texts.
+
+    Frequencies that complete fewer than low_freq_factor turns in the original length are divided by `factor`,
+    those with more than high_freq_factor turns are kept, and those between are interpolated.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 class Rotation(torch.autograd.Function):

@@ -6,7 +6,7 @@ neither the batch nor the order of the prompts, except that the batch's shape ch
 logits (see `fixed_slots`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Token(NamedTuple):
 
 class Response(NamedTuple):
     index: int  # type: ignore[assignment]  # as for Token
-    ids: list[int]  # the last one is eos_id, unless the response was cut
+    ids: list[int]  # the last one ends it (eos_id), unless the response was cut
     logps: list[float] | None  # as for Token
 
 
@@ -76,7 +76,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     samples: int = 1,
     streams: Sequence[int] | None = None,
     slots: int = 0,
@@ -90,7 +90,7 @@ def generate_tokens(
     """Respond to every prompt, yielding each token when it is sampled by `Sampling(**sampling)`.
 
     Args:
-        max_new_tokens, eos_id: a response is cut at this length, or ends with this id
+        max_new_tokens, eos_id: a response is cut at this length, or ends with this id or one of these
         samples: responses to each prompt, with different random numbers
         streams: for each prompt a number below 2**31 that selects its random numbers; default: its index
         slots: sequences decoded in one batch; 0: as many as fit in `memory` bytes (0: the free memory)
@@ -110,6 +110,7 @@ def generate_tokens(
         raise ValueError("fixed_slots needs a number of slots, on which the text depends")
     if not prompts:
         return
+    ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
     sequences = _sequences(prompts, samples, streams)
     needed = max(map(len, prompts)) + max_new_tokens
     if slot_length and slot_length < needed:
@@ -123,7 +124,7 @@ def generate_tokens(
         tokens = []  # postprocess: yield the tokens and free the slots of sequences that have ended
         for slot, sequence in work.sampled.items():
             sequence.tokens += 1
-            last = ids[slot] == eos_id or sequence.tokens == max_new_tokens
+            last = ids[slot] in ends or sequence.tokens == max_new_tokens
             last = last or (stop is not None and stop(sequence.index, ids[slot]))
             tokens.append(Token(sequence.index, ids[slot], logps[slot] if logps else None, last))
         for slot in [slot for slot, token in zip(work.sampled, tokens) if token.last][::-1]:

@@ -1,60 +1,143 @@
-"""Sentencepiece and the chat templates. Text in a message never becomes a control token."""
+"""Text to ids and back, by sentencepiece or tokenizer.json, and the chat templates.
 
+Text in a message never becomes a control token.
+"""
+
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from model.config import read_object
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-TEMPLATES = ("zephyr", "instruction", "plain")
+TEMPLATES = ("model", "zephyr", "instruction", "plain")  # model: its own, of tokenizer_config.json
 _ROLES = ("system", "user", "assistant")
+MASK = "\ufdd0"  # no character: hides a control token that is part of a message
+
+
+class SentencePiece:
+    """A sentencepiece model."""
+
+    def __init__(self, file: Path):
+        try:
+            self.model = SentencePieceProcessor(model_file=str(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file}: not a sentencepiece model ({error})") from None
+        self.vocab_size = self.model.vocab_size()
+        self.bos_id, self.eos_ids = self.model.bos_id(), [self.model.eos_id()]
+        control = filter(self.model.is_control, range(self.vocab_size))
+        self.special = {self.model.id_to_piece(id): id for id in control}
+        config = file.parent / "tokenizer_config.json"
+        self.adds_bos = not config.is_file() or read_object(config).get("add_bos_token") is not False
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids))
+
+    def pieces(self) -> Iterator[str]:
+        return map(self.model.id_to_piece, range(self.vocab_size))
+
+
+class HuggingFace:
+    """A tokenizer.json; tokenizer_config.json and generation_config.json name its special tokens."""
+
+    def __init__(self, file: Path):
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            version = tokenizers.__version__
+            raise ValueError(f"{file}: the package tokenizers {version} can't read it ({error})") from None
+        self.model.encode_special_tokens = True  # "<|im_end|>" in a text is text
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.vocab_size = 1 + max(self.model.get_vocab().values(), default=-1)
+        names = _object(file.parent / "tokenizer_config.json")
+        bos, eos = (_id_of(self.model, names.get(f"{kind}_token")) for kind in ("bos", "eos"))
+        ends = _object(file.parent / "generation_config.json").get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        self.bos_id = bos
+        self.eos_ids = [id for id in dict.fromkeys([eos, *ends]) if isinstance(id, int) and id >= 0] or [-1]
+        self.adds_bos = bos >= 0 and self.model.encode("a").ids[:1] == [bos]
+        added = self.model.get_added_tokens_decoder().items()
+        self.special = {token.content: id for id, token in added if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids))
+
+    def pieces(self) -> Iterator[str]:
+        return (self.model.decode([id], skip_special_tokens=False) for id in range(self.vocab_size))
+
+
+def _object(file: Path) -> dict:
+    return read_object(file) if file.is_file() else {}
+
+
+def _id_of(model: tokenizers.Tokenizer, token) -> int:
+    """The id of a special token, which tokenizer_config.json has as text or with its flags; -1 for none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    found = model.token_to_id(text) if isinstance(text, str) else None
+    return -1 if found is None else found
 
 
 class Tokenizer:
-    """The sentencepiece model at `path` or in it. Raises FileNotFoundError, or ValueError if unusable."""
+    """The tokenizer at `path` or in it: tokenizer.model if there is one, else tokenizer.json.
+
+    eos_id ends a response in training; a response that is sampled ends with any of eos_ids. Raises
+    FileNotFoundError, or ValueError if the tokenizer is unusable.
+    """
 
     def __init__(self, path: str | Path):
         self.file = find_tokenizer(path)
-        try:
-            self._model = SentencePieceProcessor(model_file=str(self.file))
-        except RuntimeError as error:
-            raise ValueError(f"{self.file}: not a sentencepiece model ({error})") from None
-        self.vocab_size = self._model.vocab_size()
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self._model = HuggingFace(self.file) if self.file.suffix == ".json" else SentencePiece(self.file)
+        self.vocab_size, self.adds_bos = self._model.vocab_size, self._model.adds_bos
+        self.bos_id, self.eos_ids = self._model.bos_id, self._model.eos_ids
+        self.eos_id = self.eos_ids[0]
         if self.eos_id < 0:
             raise ValueError(f"{self.file}: the model has no end-of-sequence token")
-        self._newline = self._model.encode("\n")
-        if self._model.decode(self._newline + self.encode_continuation("a")) != "\na":
+        self._newline = self.encode("\n")
+        # Whether a text may get a blank in front ("I" becomes "▁I"), as in sentencepiece models.
+        self._adds_blank = isinstance(self._model, SentencePiece)
+        self._adds_blank |= self.encode("\na")[len(self._newline) :] != self.encode("a")
+        if self.decode(self.encode("\na")) != "\na":
             raise ValueError(f"{self.file}: the model does not keep line ends, which the templates need")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
         try:
             return self._model.encode(text)
-        except RuntimeError:  # a broken JSON escape leaves one behind
+        except (RuntimeError, TypeError):  # a broken JSON escape leaves one behind
             raise ValueError(f"half a character (a lone surrogate) in the text {text!r:.200}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens decode to nothing."""
-        return self._model.decode(list(ids))
+        return self._model.decode(ids)
 
-    # Sentencepiece puts a blank in front of a text ("I" becomes "▁I"). Text that follows other text must not
-    # get one, so it is encoded and decoded after a newline, which is then removed.
+    # Text that follows other text must not get a blank in front, so it is encoded and decoded after a
+    # newline, which is then removed. Where no blank is added, the text is encoded alone: byte-level BPE might
+    # merge the newline with it.
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text."""
-        return self.encode("\n" + text)[len(self._newline) :]
+        return self.encode("\n" + text)[len(self._newline) :] if self._adds_blank else self.encode(text)
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text of ids that follow other text: a leading blank is kept."""
-        return self._model.decode([*self._newline, *ids])[1:]
+        return self.decode([*self._newline, *ids])[1:] if self._adds_blank else self.decode(ids)
 
     @cached_property
     def lone_newlines(self) -> bool:
         """Whether "\\n" is always a token of its own, so that lines can be encoded separately."""
-        pieces = map(self._model.id_to_piece, range(self.vocab_size))
-        return not any("\n" in piece for piece in pieces if piece != "\n")
+        return not any("\n" in piece for piece in self._model.pieces() if piece != "\n")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `decode_continuation` in pieces, as ids arrive; each piece has complete characters."""
@@ -71,8 +154,22 @@ class Tokenizer:
     def encode_prompt(self, messages: Sequence[Message], template: str) -> list[int]:
         """Ids of a conversation, ending where the assistant's turn begins."""
         ids: list[int] = []
+        if template == "model":
+            return self._encode_chat(messages)
         for part in render(messages, template):
             ids += [self.eos_id] if part is None else self.encode(part)
+        return ids
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids by the model's own template, whose control tokens are such; those in a message are text."""
+        special = self._model.special
+        longest_first = sorted(special, key=len, reverse=True)
+        masks = {text: MASK + chr(0xE000 + i) for i, text in enumerate(longest_first)}
+        masked = [dict(message, content=_replace(message["content"], masks)) for message in messages]
+        rendered, unmask = render_chat(self.file.parent, masked), {mask: text for text, mask in masks.items()}
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", rendered):
+            ids += [special[part]] if part in special else self.encode(_replace(part, unmask)) if part else []
         return ids
 
     def encode_response(self, text: str) -> list[int]:
@@ -81,15 +178,57 @@ class Tokenizer:
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The sentencepiece model at `path` or in it. Raises FileNotFoundError or ValueError."""
+    """The tokenizer file at `path` or in it. Raises FileNotFoundError.
+
+    Of a directory with both, tokenizer.model is used: sentencepiece is the implementation that such models
+    were trained with, and mistral-common's ids are its.
+    """
     path = Path(path)
-    file = path if path.is_file() else path / "tokenizer.model"
-    if file.is_file():
-        return file
-    for other in ("tekken.json", "tokenizer.json"):
-        if (path / other).is_file():
-            raise ValueError(f"{path / other}: not a sentencepiece model; only tokenizer.model is supported")
-    raise FileNotFoundError(f"{file}: no such file; a sentencepiece model is needed")
+    for file in (path, path / "tokenizer.model", path / "tokenizer.json"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json")
+
+
+def _replace(text: str, replacements: dict[str, str]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text
+
+
+def render_chat(folder: Path, messages: Sequence[Message]) -> str:
+    """A conversation by the chat template of a model directory, ending where the assistant's turn begins.
+
+    The template runs in jinja2's sandbox, as in transformers, but without the date: a prompt must not depend
+    on the day. Raises ValueError if there is no template, or for what it refuses.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    file, config = folder / "chat_template.jinja", _object(folder / "tokenizer_config.json")
+    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # of several by name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise ValueError(
+            f'{folder}: no chat template, which template = "model" needs; choose another template'
+        )
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = refuse
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    last = messages[-1]["role"] if messages else ""
+    settings = {"messages": messages, "add_generation_prompt": last != "assistant"}
+    try:
+        return environment.from_string(template).render(**settings, **tokens)
+    except TemplateError as error:
+        raise ValueError(f"{folder}: the chat template refuses this conversation ({error})") from None
 
 
 def render(messages: Sequence[Message], template: str) -> list[str | None]:
@@ -102,8 +241,8 @@ def render(messages: Sequence[Message], template: str) -> list[str | None]:
     Ends where the assistant's turn begins, unless the last message is the assistant's. Raises ValueError for
     an unknown template or role, or a message without content.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template {template!r} is not one of {', '.join(TEMPLATES)}")
+    if template not in TEMPLATES[1:]:
+        raise ValueError(f"template {template!r} is not one of {', '.join(TEMPLATES[1:])}")
     texts = [""]  # with an end-of-sequence token between two of them
     for message in messages:
         role, content = message.get("role"), message.get("content")

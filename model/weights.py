@@ -177,24 +177,26 @@ def write_checkpoint(
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy tokenizer.model (`source` itself, or in it) and the TOKENIZER_FILES of `source` to a directory."""
-    source = Path(source)
-    shutil.copyfile(find_tokenizer(source), Path(target) / "tokenizer.model")
+    """Copy the tokenizer (`source` itself, or in it) and the TOKENIZER_FILES of `source` to a directory."""
+    source, file = Path(source), find_tokenizer(source)
+    shutil.copyfile(file, Path(target) / ("tokenizer.json" if file.suffix == ".json" else "tokenizer.model"))
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, Path(target) / name)
 
 
 def fingerprint(path: str | Path) -> str:
-    """A SHA-256 over the architecture, every byte of the weights, and tokenizer.model if it exists.
+    """A SHA-256 over the architecture, and every byte of the weights and of the tokenizer's files.
 
     Fields of the architecture equal to their default are omitted, so a new field changes no fingerprint.
     """
     config = ModelConfig.from_pretrained(path)
     changed = {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
-    tokenizer = Path(path) / "tokenizer.model"
-    for file in [*Checkpoint(path).files, *[tokenizer] * tokenizer.is_file()]:
+    names = ["tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
+    if not (Path(path) / names[0]).is_file():
+        names = TOKENIZER_FILES
+    for file in [*Checkpoint(path).files, *filter(Path.is_file, (Path(path) / name for name in names))]:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -42,6 +42,7 @@ class Data:
     pairs: str = _free("")  # pairs (`real`, `generated`) to train on instead of generating; as data.path
     num_prompts: int = 0  # size of the seeded sample for self-play; 0: all. SFT reads all
     seed: int = 0
+    turns: str = "first"  # of a conversation, the response is the first assistant turn, or the last
     empty_system: bool = False  # insert an empty system turn if there is none, as the official code does
     max_length: int = 1024  # tokens of prompt and response
     max_prompt_length: int = 512  # last tokens of a prompt that are kept if max_length is exceeded
@@ -50,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Generate:
-    template: str = "plain"  # prompt format of the opponent: zephyr, instruction, plain
+    template: str = "plain"  # prompt format of the opponent: model (its own), zephyr, instruction, plain
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0

@@ -1,7 +1,8 @@
 """Prompts, responses and pairs, read from JSONL or Parquet and checked.
 
-A row has one of these forms; the first that fits is used. Of a conversation, only a system turn, the first
-user turn and the assistant turn after it are used.
+A row has one of these forms; the first that fits is used. Of a conversation, data.turns = "first" uses a
+system turn, the first user turn and the assistant turn after it (as the paper does); "last" uses all turns,
+of which the last assistant turn is the response.
 
     the columns named by data.prompt_column and data.response_column, two texts
     real, generated    two lists of messages, as in the released SPIN data
@@ -28,14 +29,14 @@ from spin.packing import Item
 class Example:
     """A prompt with its real response, and in a pair the opponent's."""
 
-    prompt: tuple[Message, ...]  # the user's turn, after an optional system turn
+    prompt: tuple[Message, ...]  # the turns before the response, the last one the user's
     real: str
     generated: str | None = None
     where: str = ""  # "file:line", for error messages
 
     @property
     def question(self) -> str:
-        """The user's text."""
+        """The user's last text."""
         return self.prompt[-1]["content"]
 
     def to_pair(self) -> dict[str, list[Message]]:
@@ -83,13 +84,13 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
     if data.prompt_column and not pairs:
         prompt, real = _texts(row, data.prompt_column, data.response_column, where)
     elif "real" in row and "generated" in row:
-        prompt, real = _first_turns(row["real"], f'{where}: "real"')
+        prompt, real = _turns(row["real"], f'{where}: "real"', data.turns)
         if pairs:
-            other, generated = _first_turns(row["generated"], f'{where}: "generated"')
+            other, generated = _turns(row["generated"], f'{where}: "generated"', data.turns)
             if other != prompt:
                 raise ValueError(f'{where}: "real" and "generated" answer different prompts')
     elif "messages" in row:
-        prompt, real = _first_turns(row["messages"], f'{where}: "messages"')
+        prompt, real = _turns(row["messages"], f'{where}: "messages"', data.turns)
     elif "prompt" in row and "response" in row:
         prompt, real = _texts(row, "prompt", "response", where)
     else:
@@ -201,11 +202,13 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
 
 
-def _first_turns(messages, where: str) -> tuple[tuple[Message, ...], str]:
-    """(system turn if any, first user turn), and the text of the assistant turn that follows."""
+def _turns(messages, where: str, which: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the first or the last assistant turn, a system turn included, and its text."""
     if not isinstance(messages, list):
         raise ValueError(f"{where} must be a list of messages")
     turns: list[Message] = []
+    prompt: tuple[Message, ...] = ()
+    response = None
     expected: tuple[str, ...] = ("system", "user")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -214,10 +217,14 @@ def _first_turns(messages, where: str) -> tuple[tuple[Message, ...], str]:
         if role not in expected:
             raise ValueError(f"{where} has a turn of {role!r} where one of {' or '.join(expected)} is needed")
         if role == "assistant":
-            return tuple(turns), message["content"]
+            prompt, response = tuple(turns), message["content"]
+            if which == "first":
+                break
         turns.append({"role": role, "content": message["content"]})
-        expected = ("user",) if role == "system" else ("assistant",)
-    raise ValueError(f"{where} has no {expected[-1]} turn")
+        expected = ("assistant",) if role == "user" else ("user",)
+    if response is None:
+        raise ValueError(f"{where} has no {expected[-1]} turn")
+    return prompt, response
 
 
 def _texts(row: dict, prompt: str, response: str, where: str) -> tuple[tuple[Message, ...], str]:

@@ -93,7 +93,7 @@ def _responses(
         top_k=settings.top_k,
         top_p=settings.top_p,
         seed=settings.seed * 1_000_003 + n,  # each iteration samples differently
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         streams=mine,
         slots=slots,
         slot_length=slot_length,
@@ -109,7 +109,7 @@ def _responses(
             "doc": mine[index],
             "response": text,
             "tokens": len(ids),
-            "ended": ids[-1] == tokenizer.eos_id,
+            "ended": ids[-1] in tokenizer.eos_ids,
         }
 
 

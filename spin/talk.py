@@ -44,7 +44,7 @@ class Speaker:
             top_k=settings.top_k,
             top_p=settings.top_p,
             seed=settings.seed,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self.tokenizer.eos_ids,
             slots=1,
             vocab_limit=self.tokenizer.vocab_size,
         )
@@ -57,7 +57,7 @@ class Speaker:
                 yield token.id
 
         yield from self.tokenizer.stream(ids())
-        if last != self.tokenizer.eos_id:
+        if last not in self.tokenizer.eos_ids:
             yield f" [cut at {settings.max_new_tokens} tokens]"
 
 

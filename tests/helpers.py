@@ -40,24 +40,45 @@ SMALL = dict(
 )
 
 
+# Llama 3.1's scaling of rotary frequencies, in proportion to this model: some are kept, some divided by 4.
+LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
 def small_config(**changes) -> ModelConfig:
     return ModelConfig(**(SMALL | changes))
 
 
 def small_model(seed: int = 0, **changes) -> Mistral:
-    """Random weights, wide enough that attention is far from uniform and mistakes in it show."""
-    return Mistral(small_config(initializer_range=0.2, **changes)).init_weights(seed)
+    """Random weights, wide enough that attention is far from uniform and mistakes in it show.
+
+    Biases and the norms of queries and keys, which a new model has as zeros and ones, are random too.
+    """
+    model = Mistral(small_config(initializer_range=0.2, **changes)).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
+    return model
+
+
+# Families other than Mistral, in the small model's shape.
+FAMILIES = {
+    "llama 3.1": dict(model_type="llama", rope_theta=5e5, rope_scaling=LLAMA3),
+    "qwen2": dict(model_type="qwen2", qkv_bias=True, tie_word_embeddings=True),
+    "qwen3": dict(model_type="qwen3", qk_norm=True, head_dim=16),
+}
 
 
 def reference(model: Mistral):
-    """transformers' Mistral with the same weights, in fp32 and without any fused kernel."""
-    from transformers import MistralConfig, MistralForCausalLM
+    """transformers' model of the family with the same weights, in fp32 and without any fused kernel."""
+    import transformers
 
-    config = MistralConfig(
-        **{k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"}
-    )
+    name = model.config.model_type.capitalize()
+    values = {k: v for k, v in model.config.to_dict("float32").items() if k != "architectures"}
+    config = getattr(transformers, f"{name}Config")(**values)
     config._attn_implementation = "eager"
-    other = MistralForCausalLM(config).eval()
+    other = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     other.tie_weights()

@@ -8,6 +8,7 @@ import torch
 from model.attention import Segments
 from model.config import ModelConfig
 from model.mistral import Mistral
+from tests.helpers import LLAMA3 as SCALING
 from tests.helpers import small_config, small_model
 
 # config.json as the Hub has it, and the number of parameters as the model's page states it.
@@ -49,6 +50,91 @@ LLAMA = COMMON | {
     "rope_scaling": None,
     "vocab_size": 32000,
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
+}
+SMOLLM2 = LLAMA | {
+    "bos_token_id": 1,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rope_interleaved": False,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+LLAMA3 = LLAMA | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 128256,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN2_LARGER = QWEN2 | {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_window_layers": 21,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+}
+QWEN3 = QWEN2 | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "sliding_window": None,
 }
 PUBLISHED = {
     "Mistral-7B-v0.1": (MISTRAL, 7_241_732_096),
@@ -95,6 +181,11 @@ PUBLISHED = {
         },
         1_100_048_384,
     ),
+    "SmolLM2-135M": (SMOLLM2, 134_515_008),
+    "Llama-3.2-1B": (LLAMA3, 1_235_814_400),
+    "Qwen2.5-0.5B": (QWEN2, 494_032_768),
+    "Qwen2.5-1.5B": (QWEN2_LARGER, 1_543_714_304),
+    "Qwen3-0.6B": (QWEN3, 596_049_920),
     "tied, explicit head_dim": (
         MISTRAL | {"hidden_size": 64, "head_dim": 24, "tie_word_embeddings": True, "num_hidden_layers": 2},
         None,
@@ -105,11 +196,8 @@ PUBLISHED = {
 def reference_class(config: dict):
     import transformers
 
-    return (
-        (transformers.MistralConfig, transformers.MistralForCausalLM)
-        if config["model_type"] == "mistral"
-        else (transformers.LlamaConfig, transformers.LlamaForCausalLM)
-    )
+    name = config["model_type"].capitalize()
+    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -151,15 +239,18 @@ def test_what_is_exported_means_the_same_to_transformers(name):
         "architectures",
     ):
         if field != "architectures" or "architectures" in values:
-            assert getattr(ours, field) == getattr(theirs, field), field
+            # Qwen2's configuration has no head_dim until config.json has one.
+            assert getattr(ours, field) == getattr(theirs, field, getattr(ours, field)), field
     assert getattr(ours, "sliding_window", None) == getattr(theirs, "sliding_window", None)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "llama"])
+@pytest.mark.parametrize("model_type", ["mistral", "llama", "qwen2", "qwen3"])
 def test_fields_that_are_left_out_have_transformers_defaults(model_type):
     sizes = dict(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8
     )
+    if model_type.startswith("qwen"):
+        sizes["num_key_value_heads"] = 8  # their default, 32, divides no 8 heads
     ours = ModelConfig.from_dict(sizes | {"model_type": model_type})
     theirs = reference_class({"model_type": model_type})[0](**sizes)
     for field in (
@@ -172,15 +263,23 @@ def test_fields_that_are_left_out_have_transformers_defaults(model_type):
         "initializer_range",
     ):
         assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.head_dim == 8 and ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.head_dim == (128 if model_type == "qwen3" else 8)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "llama"])
-def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
-    ours = small_config(
-        rope_theta=5e5, sliding_window=17 if model_type == "mistral" else None, model_type=model_type
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(sliding_window=17),
+        dict(model_type="llama", rope_scaling=SCALING),
+        dict(model_type="qwen2", qkv_bias=True),
+        dict(model_type="qwen3", qk_norm=True),
+    ],
+)
+def test_config_is_read_as_transformers_writes_it(changes, tmp_path):
+    ours = small_config(rope_theta=5e5, **changes)
+    model_type = ours.model_type
     config_class, _ = reference_class({"model_type": model_type})
     config_class(**ours.to_dict("float32")).save_pretrained(tmp_path)
     assert ModelConfig.from_pretrained(tmp_path) == ours
@@ -190,13 +289,15 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
     "field, value",
     [
         ("model_type", "mixtral"),
-        ("model_type", "qwen2"),
+        ("model_type", "gemma2"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
         ("attention_dropout", 0.1),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        ("rope_scaling", {"rope_type": "llama3", **SCALING, "factor": 0.0}),
+        ("rope_scaling", {"rope_type": "llama3", **SCALING, "attention_factor": 2.0}),
         ("rope_scaling", "linear"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("partial_rotary_factor", 0.5),
@@ -228,7 +329,6 @@ def test_config_is_read_as_transformers_writes_it(model_type, tmp_path):
         ("embedding_multiplier", 12.0),
         ("residual_multiplier", 0.0),
         ("logits_scaling", 8.0),
-        ("tokenizer_class", "PreTrainedTokenizerFast"),
         ("hidden_size", "4096"),
         ("sliding_window", 4096.5),
         ("tie_word_embeddings", 1),
@@ -290,6 +390,16 @@ def test_llama_has_no_window_whatever_its_other_fields_say():
         ModelConfig.from_dict(values | SLIDING)
 
 
+def test_qwen_with_windows_in_some_layers_is_refused():
+    values = small_config(model_type="qwen2", qkv_bias=True).to_dict("float32")
+    assert (
+        ModelConfig.from_dict(values | {"sliding_window": 4096, "max_window_layers": 2}).sliding_window
+        is None
+    )
+    with pytest.raises(ValueError, match="config.json: use_sliding_window"):
+        ModelConfig.from_dict(values | {"use_sliding_window": True})
+
+
 def test_rotary_settings_in_two_places_are_refused():
     two = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ValueError, match="config.json: rope_scaling.*given once"):
@@ -346,7 +456,7 @@ def test_fields_that_are_off_are_ignored():
 
 def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="config.json: no such file.*tokenizer.model.*safetensors"):
+    with pytest.raises(FileNotFoundError, match="config.json: no such file.*tokenizer.json.*safetensors"):
         ModelConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
     with pytest.raises(ValueError, match="config.json: not JSON .*utf-8"):

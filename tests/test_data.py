@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -51,6 +52,19 @@ def test_a_system_turn_is_kept_and_an_empty_one_added_on_request(tmp_path):
     assert [e.prompt for e in load(tmp_path)] == [(SYSTEM, USER), (USER,)]
     empty = {"role": "system", "content": ""}
     assert [e.prompt for e in load(tmp_path, empty_system=True)] == [(SYSTEM, USER), (empty, USER)]
+
+
+def test_the_last_assistant_turn_is_the_response_on_request(tmp_path):
+    talk = [SYSTEM, USER, ANSWER, {"role": "user", "content": "more"}, ANSWER | {"content": "no"}]
+    left_open = [*talk, {"role": "user", "content": "and?"}]  # a last question without an answer is dropped
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": talk}, {"messages": left_open}])
+    examples = load(tmp_path, turns="last")
+    assert [(e.prompt, e.real, e.question) for e in examples] == [(tuple(talk[:4]), "no", "more")] * 2
+    pair = replace(examples[0], generated="yes")
+    write_jsonl(tmp_path / "pairs/d.jsonl", [pair.to_pair()])
+    (again,) = load(tmp_path / "pairs", pairs=True, turns="last")
+    assert (again.prompt, again.real, again.generated) == (pair.prompt, "no", "yes")
+    assert load(tmp_path)[0].prompt == (SYSTEM, USER)
 
 
 def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):

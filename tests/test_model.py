@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import Segments
 from model.kv_cache import KVCache
-from model.mistral import TokenLogps
+from model.mistral import Mistral, TokenLogps
 from spin.packing import Item, pack, response_logps
-from tests.helpers import naive_logps, random_ids, reference, small_model
+from tests.helpers import FAMILIES, naive_logps, random_ids, reference, small_config, small_model
 
 SHAPES = {
     "gqa 2": {},
@@ -23,6 +24,7 @@ SHAPES = {
     "wide heads": dict(head_dim=16),
     "window": dict(sliding_window=5),
     "theta": dict(rope_theta=1e6, rms_norm_eps=1e-6),
+    **FAMILIES,
 }
 
 
@@ -71,7 +73,7 @@ def test_the_window_matters_in_that_comparison():
     assert (narrow[5:] - wide[5:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("shape", ["gqa 2", "gqa 4", "window"])
+@pytest.mark.parametrize("shape", ["gqa 2", "gqa 4", "window", *FAMILIES])
 def test_cached_ragged_decoding_equals_a_full_forward(shape):
     model = small_model(**SHAPES[shape])
     rng = random.Random(2)
@@ -129,19 +131,51 @@ def test_chunked_log_softmax_and_its_gradient_are_torchs(chunk):
     torch.testing.assert_close(torch.autograd.grad(ours, (x, weight), grad), wanted)
 
 
-def test_recomputing_blocks_changes_no_gradient():
+@pytest.mark.parametrize("shape", ["gqa 2", *FAMILIES])
+def test_recomputing_blocks_changes_no_gradient(shape):
     item = Item(
         random_ids(random.Random(4), 6), (random_ids(random.Random(5), 5), random_ids(random.Random(6), 9))
     )
     gradients = []
     for checkpointing in ("none", "selective", "full"):
-        model = small_model()
+        model = small_model(**SHAPES[shape])
         for block in model.model["layers"]:
             block.checkpointing = checkpointing
         response_logps(model, pack([item])).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for others in gradients[1:]:
         torch.testing.assert_close(gradients[0], others, rtol=0, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, with and without a bias."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", ["gqa 2", "qwen2"])
+def test_selective_checkpointing_recomputes_no_matrix_product(shape):
+    counts = []
+    for checkpointing in ("none", "selective", "full"):
+        model = small_model(**SHAPES[shape])
+        for block in model.model["layers"]:
+            block.checkpointing = checkpointing
+        loss = response_logps(model, pack([Item([5, 6, 7], ([8, 9], [10]))])).sum()
+        with Products() as products:
+            loss.backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1] < counts[2]
+
+
+def test_new_weights_have_zero_biases_and_unit_norms():
+    for changes in (FAMILIES["qwen2"], FAMILIES["qwen3"]):
+        for name, weight in Mistral(small_config(**changes)).init_weights(0).named_parameters():
+            if weight.dim() == 1:
+                assert torch.all(weight == (0 if name.endswith("bias") else 1)), name
 
 
 def test_a_stream_without_responses_still_reaches_every_parameter():

@@ -12,7 +12,7 @@ from model.attention import Segments
 from model.kv_cache import KVCache, cgroup_memory, free_memory
 from model.sampler import fitting_slots, generate, generate_stream, generate_tokens
 from model.sampling import at_quantiles, counter_uniform, restricted, sample
-from tests.helpers import random_ids, reference, small_model
+from tests.helpers import FAMILIES, random_ids, reference, small_model
 
 PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4)]
 
@@ -25,6 +25,7 @@ PROMPTS = [random_ids(random.Random(n), n) for n in (3, 11, 1, 7, 20, 5, 2, 9, 4
         dict(num_key_value_heads=4),
         dict(num_attention_heads=8, num_key_value_heads=1),
         dict(num_key_value_heads=1, tie_word_embeddings=True),
+        *FAMILIES.values(),
     ],
 )
 def test_64_greedy_tokens_equal_transformers_generate_on_32_ragged_prompts(shape):
@@ -78,6 +79,15 @@ def test_a_response_ends_with_end_of_sequence_or_at_the_limit():
     assert {r.index: r.ids for r in first} == {
         i: r[:1] for i, r in enumerate(generate(model, PROMPTS, max_new_tokens=3))
     }
+
+
+def test_any_of_several_ids_ends_a_response():
+    model, prompts = small_model(), PROMPTS
+    whole = generate(model, prompts, max_new_tokens=30)
+    ends = {whole[0][5], whole[1][2], whole[2][9]}
+    for text, response in zip(whole, generate(model, prompts, max_new_tokens=30, eos_id=ends)):
+        first = next((i for i, id in enumerate(text) if id in ends), len(text))
+        assert response == text[: first + 1]
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen():

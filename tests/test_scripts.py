@@ -535,6 +535,7 @@ def test_the_control_trains_on_real_responses_for_the_same_steps(finished, recip
         (["--verbose"], "not of the form"),
         (["--train.heldout_pairs=49"], "heldout_pairs = 49 leaves none of 49 examples"),
         (["--train.epochs=1e-12"], "gives no step"),
+        (["--train.template=model"], "no chat template, which template = "),
         (["--model.attention=torch-flash"], "'torch-flash' cannot be used: it needs a CUDA device, not cpu"),
     ],
 )

@@ -11,7 +11,17 @@ import pytest
 from miniature.world import EVASIONS, PHRASINGS, answer, make, tokenizer_model
 from tests.helpers import ROOT
 
-OUTSIDE = {"torch", "sentencepiece", "safetensors", "numpy", "tqdm", "pyarrow", "matplotlib"}
+OUTSIDE = {
+    "torch",
+    "sentencepiece",
+    "tokenizers",
+    "jinja2",
+    "safetensors",
+    "numpy",
+    "tqdm",
+    "pyarrow",
+    "matplotlib",
+}
 OUTSIDE |= {"flash_attn"}  # requirements-gpu.txt
 ALLOWED = {"model": {"model"}, "spin": {"model", "spin"}, "scripts": {"model", "spin"}}
 

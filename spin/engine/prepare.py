@@ -106,6 +106,8 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     for used in [part] if n < 0 else [part, config.generate, *[config.evaluate] * config.evaluates]:
         dtype = getattr(torch, used.dtype)
         choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
+        if getattr(used, "template", "") == "model":
+            tokenizer.encode_prompt([{"role": "user", "content": "Hi"}], "model")
     dropped: Counter = Counter()
     if before is None or before.config.data != config.data or (before.n < 0 and config.data.pairs):
         examples = own_examples(config, n, dropped)

@@ -23,6 +23,7 @@ _FIELDS = {f"{section}.{f.name}": f for section, kind in _SECTIONS.items() for f
 _CHOICES = {  # by key, in every section
     "save_dtype": ("bfloat16", "float32"),
     "attention": ("auto", *BACKENDS),
+    "turns": ("first", "last"),
     "empty": ("refuse", "drop"),
     "template": TEMPLATES,
     "dtype": ("bfloat16", "float32"),

@@ -77,7 +77,7 @@ def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> 
     Raises ValueError for existing results of another model or other settings.
     """
     settings, tasks, tokenizer = config.evaluate, load_tasks(config), Tokenizer(model_dir)
-    bos = settings.harness != "0.4.0" and _adds_bos(tokenizer)
+    bos = settings.harness != "0.4.0" and tokenizer.adds_bos
     common = {"model": ranks.from_first(lambda: fingerprint(model_dir)), "dtype": settings.dtype}
     records = {task.name: common | task.record for task in tasks}
     for record in records.values():
@@ -173,9 +173,3 @@ def _model_name(config: Config, model_dir: Path) -> str:
     if path.is_relative_to(Path(config.run.dir).resolve()):
         return f"{Path(config.run.dir).name}-{path.parent.name}"
     return path.parent.name if path.name == "model" else path.name
-
-
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether transformers would prepend BOS, by the tokenizer_config.json next to the tokenizer."""
-    file = tokenizer.file.parent / "tokenizer_config.json"
-    return not file.is_file() or read_json(file).get("add_bos_token") is not False

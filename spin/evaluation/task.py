@@ -32,7 +32,7 @@ class LoadedModel:
 
     def generate(self, prompts: Sequence[Sequence[int]], **sampling) -> Iterator[Response]:
         """`generate_stream` with the settings' slots and the tokenizer's vocabulary."""
-        sampling |= {"eos_id": self.tokenizer.eos_id, "vocab_limit": self.tokenizer.vocab_size}
+        sampling |= {"eos_id": self.tokenizer.eos_ids, "vocab_limit": self.tokenizer.vocab_size}
         sampling |= {"slots": self.settings.slots, "memory": self.ranks.free_memory()}
         return generate_stream(self.model, prompts, **sampling)
 

@@ -72,7 +72,8 @@ def model_card(
     last = (read_log(directory / "metrics.jsonl") or [{}])[-1]
     metrics = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in last.items()]
     template = (config.sft if sft else config.train).template
-    parts = render([{"role": "user", "content": "Why is the sky blue?"}], template)
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    parts = ["the model's own chat template"] if template == "model" else render(question, template)
     return CARD.format(
         tags="sft" if sft else "spin, self-play",
         run=escaped(Path(config.run.dir).name),

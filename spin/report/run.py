@@ -113,7 +113,7 @@ def generated(run: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for (opponent, _), (_, directory) in pairwise(models(run).items()):
         if (directory / "generated").is_dir():
-            pairs = load_generated(directory / "generated", Data())
+            pairs = load_generated(directory / "generated", Data(turns="last"))
             found.setdefault("data", {}).update((pair.question, pair.real) for pair in pairs)
             found[opponent] = {pair.question: pair.generated or "" for pair in pairs}
     return found
