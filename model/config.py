@@ -108,9 +108,7 @@ class ModelConfig:
             kept |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
             kept["rope_scaling"] = {name: rope[name] for name in _LLAMA3 if name in rope} or None
             if kind not in (None, "mistral"):
-                kept.pop(
-                    "sliding_window", None
-                )  # transformers ignores it in Llama, and without a flag in Qwen
+                kept.pop("sliding_window", None)  # transformers ignores it there, by default
             for name, value in kept.items():
                 _check_type(name, value, known[name])
             kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
@@ -129,9 +127,7 @@ class ModelConfig:
         """Read `path`/config.json. Raises FileNotFoundError or ValueError, naming the file."""
         file = Path(path) / "config.json"
         if not file.is_file():
-            files = (
-                "config.json, tokenizer.json or .model, and model.safetensors or its shards with their index"
-            )
+            files = "config.json, tokenizer.json or tokenizer.model, and safetensors weights"
             raise FileNotFoundError(
                 f"{file}: no such file; a model is a directory with Hugging Face's {files}"
             )

@@ -15,9 +15,10 @@ from sentencepiece import SentencePieceProcessor
 from model.config import read_object
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-TEMPLATES = ("model", "zephyr", "instruction", "plain")  # model: its own, of tokenizer_config.json
+BUILT_IN = ("zephyr", "instruction", "plain")
+TEMPLATES = ("model", *BUILT_IN)  # model: the model's own chat template
 _ROLES = ("system", "user", "assistant")
-MASK = "\ufdd0"  # no character: hides a control token that is part of a message
+MASK = "\ufdd0"  # a noncharacter; marks the name of a control token that occurs in a message
 
 
 class SentencePiece:
@@ -115,7 +116,7 @@ class Tokenizer:
         """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
         try:
             return self._model.encode(text)
-        except (RuntimeError, TypeError):  # a broken JSON escape leaves one behind
+        except (RuntimeError, TypeError):  # from a broken JSON escape
             raise ValueError(f"half a character (a lone surrogate) in the text {text!r:.200}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -153,15 +154,15 @@ class Tokenizer:
 
     def encode_prompt(self, messages: Sequence[Message], template: str) -> list[int]:
         """Ids of a conversation, ending where the assistant's turn begins."""
-        ids: list[int] = []
         if template == "model":
             return self._encode_chat(messages)
+        ids: list[int] = []
         for part in render(messages, template):
             ids += [self.eos_id] if part is None else self.encode(part)
         return ids
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids by the model's own template, whose control tokens are such; those in a message are text."""
+        """Ids by the model's own template. Names of control tokens in a message are encoded as text."""
         special = self._model.special
         longest_first = sorted(special, key=len, reverse=True)
         masks = {text: MASK + chr(0xE000 + i) for i, text in enumerate(longest_first)}
@@ -241,8 +242,8 @@ def render(messages: Sequence[Message], template: str) -> list[str | None]:
     Ends where the assistant's turn begins, unless the last message is the assistant's. Raises ValueError for
     an unknown template or role, or a message without content.
     """
-    if template not in TEMPLATES[1:]:
-        raise ValueError(f"template {template!r} is not one of {', '.join(TEMPLATES[1:])}")
+    if template not in BUILT_IN:
+        raise ValueError(f"template {template!r} is not one of {', '.join(BUILT_IN)}")
     texts = [""]  # with an end-of-sequence token between two of them
     for message in messages:
         role, content = message.get("role"), message.get("content")

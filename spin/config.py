@@ -51,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Generate:
-    template: str = "plain"  # prompt format of the opponent: model (its own), zephyr, instruction, plain
+    template: str = "plain"  # the opponent's prompt format: model (its own), zephyr, instruction, plain
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
@@ -92,7 +92,7 @@ class Optimization:
 @dataclass(frozen=True)
 class Train(Optimization):
     objective: str = "spin"  # spin; or sft, the control: the same steps on the real responses alone
-    loss: str = "logistic"  # logistic, hinge, exponential, correlation
+    loss: str = "logistic"  # one of LOSSES in spin/loss.py
     beta: float = 0.1  # the paper's λ
     replay: int = 1  # number of earlier iterations whose pairs are also trained on
 
@@ -100,7 +100,7 @@ class Train(Optimization):
 @dataclass(frozen=True)
 class SFT(Optimization):
     init: str = _free("")  # a model directory to start from; empty: random weights of `architecture`
-    tokenizer: str = _free("")  # tokenizer.model or its directory; empty: that of `init`
+    tokenizer: str = _free("")  # a tokenizer file or its directory; empty: that of `init`
     architecture: dict = field(default_factory=dict)  # config.json's fields, without vocab_size, bos and eos
     optimizer: str = "adamw"
     lr: float = 2e-5

@@ -18,7 +18,7 @@ from spin.engine.distributed import Ranks, fsdp, whole
 from spin.engine.metrics import Log, peak_flops
 from spin.engine.optimizer import make_optimizer
 from spin.engine.signals import Stopped, stop_requests
-from spin.loss import sft_step, spin_step
+from spin.loss import initial_loss, sft_step, spin_step
 from spin.packing import (
     Item,
     MicroBatch,
@@ -200,10 +200,11 @@ class Objective:
             )
         drift = means.get("drift", 0.0) * len(chosen) / self.response_tokens(chosen)
         if step == 0 and drift > FIRST_STEP_TOLERANCE:
+            assert isinstance(self.part, Train)
             raise RuntimeError(
                 f"step 1: policy and opponent differ by {drift:.4f} nats per token and the loss is "
-                f"{means['loss']:.4f}, while they must be the same model; was opponent_logps.safetensors "
-                "made from other weights, pairs or settings?"
+                f"{means['loss']:.4f}, not {initial_loss(self.part.loss):.4f}: they must be the same model. "
+                "Were opponent_logps made from other weights, pairs or settings?"
             )
 
     @torch.no_grad()

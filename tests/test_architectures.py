@@ -117,7 +117,6 @@ QWEN2 = {
 QWEN2_LARGER = QWEN2 | {
     "hidden_size": 1536,
     "intermediate_size": 8960,
-    "max_window_layers": 21,
     "num_attention_heads": 12,
     "num_hidden_layers": 28,
 }
@@ -467,6 +466,7 @@ def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
         ("1" * 5000, "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "no model_type"),
+        ('{"model_type": null}', "no model_type"),
         (json.dumps({"model_type": "llama"}), "no vocab_size"),
     ):
         (tmp_path / "config.json").write_text(text)

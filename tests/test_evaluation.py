@@ -468,6 +468,12 @@ def test_two_models_are_compared_document_by_document(folder, out, tmp_path):
     assert "| truthfulqa_mc2 | acc | 5 |" in text
 
 
+def test_an_older_versions_evaluation_is_not_compared(out, tmp_path):
+    (tmp_path / "summary.json").write_text('{"tasks": {}, "origins": {}}')
+    with pytest.raises(ValueError, match="an older version's evaluation"):
+        compare(out, tmp_path)
+
+
 def test_tasks_that_were_not_evaluated_the_same_way_are_not_compared(folder, out, tmp_path):
     # its texts are the same
     evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="truthfulqa_mc2")

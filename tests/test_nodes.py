@@ -85,10 +85,8 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_and_another_number_of_ranks_goe
         process.send_signal(signal.SIGTERM)
         output = process.communicate()[0]
         last = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
-        assert (
-            process.returncode
-            and f"stopped after step {last} of 140; run the same command to resume" in output
-        )
+        assert process.returncode
+        assert f"stopped after step {last} of 140; run the same command to resume" in output
         assert until <= len(metrics(run)) == last < 140
     run_script("train.py", *arguments(tmp_path / "run"), ranks=4)
     assert_same(run, whole, exactly=False)

@@ -9,7 +9,9 @@ import torch.distributed
 from spin.engine.distributed import ranks
 from tests.helpers import ROOT, metrics
 
-(CODE,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/notebook.md").read_text(encoding="utf-8"), re.S)
+CODE, RECIPE = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/notebook.md").read_text(encoding="utf-8"), re.S
+)
 
 
 @pytest.fixture
@@ -29,6 +31,12 @@ def test_the_pages_code_trains_an_iteration(cell, tmp_path, capsys):
     assert names["logps"].shape == (4, 2)
     exec(cell, {})  # resumes: nothing is left to train
     assert len(metrics(tmp_path / "out")) == 8
+
+
+def test_the_pages_second_code_runs_an_iteration_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(RECIPE.replace("runs/mine", str(tmp_path / "mine")), {})
+    assert (tmp_path / "mine/base/model/model.safetensors").is_file()
 
 
 def test_it_runs_again_after_an_error(cell, tmp_path):

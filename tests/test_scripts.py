@@ -360,6 +360,17 @@ def test_logps_of_other_pairs_are_refused(finished, recipe, tmp_path):
     shutil.copy(copy / "iter1/opponent_logps.safetensors", copy / "iter0")
     output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
     assert "opponent_logps.safetensors: results made with other pairs" in output
+    file = copy / "iter0/opponent_logps.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    output = run_script("train.py", *recipe(copy), "--iter", "0", fails=True)
+    assert "opponent_logps.safetensors: not readable" in output and "Traceback" not in output
+
+
+def test_rows_that_a_killed_run_left_next_to_finished_pairs_are_removed(finished, recipe, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    (copy / "iter0/generated.rows").mkdir()
+    assert "generated: finished" in run_script("generate.py", *recipe(copy), "--iter", "0")
+    assert not (copy / "iter0/generated.rows").exists()
 
 
 @pytest.fixture
@@ -543,6 +554,14 @@ def test_what_a_later_stage_would_trip_over_is_refused_before_the_first(recipe, 
     output = run_script("train.py", *recipe(tmp_path / "run", *overrides), "--iter", "0", fails=True)
     assert message in output and "Traceback" not in output
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_runs(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    output = run_script(
+        "train.py", *recipe(tmp_path / "run", "--train.compile=true"), "--iter", "0", fails=True
+    )
+    assert "compile = true needs a C++ compiler" in output and not (tmp_path / "run").exists()
 
 
 def test_an_iteration_before_its_opponent_is_refused(recipe, tmp_path):

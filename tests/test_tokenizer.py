@@ -1,11 +1,13 @@
 """Ids against mistral-common's, templates against transformers'; text never becomes a control token."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
 from model.tokenizer import Tokenizer, render
+from model.weights import copy_tokenizer
 from tests.helpers import AWKWARD, odd_strings
 
 ZEPHYR = """{% for message in messages %}
@@ -161,6 +163,15 @@ def test_control_markers_in_a_message_stay_characters(mistral_tokenizer, templat
     assert control(inside) == control(outside)
     assert markers in mistral_tokenizer.decode(inside)
     assert control(mistral_tokenizer.encode_response(markers)) == [mistral_tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_zephyrs_own_template_gives_the_ids_of_the_built_in_one(mistral_tokenizer, tmp_path, messages):
+    copy_tokenizer(mistral_tokenizer.file, tmp_path)
+    config = {"chat_template": ZEPHYR, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode_prompt(messages, "model") == tokenizer.encode_prompt(messages, "zephyr")
 
 
 def test_unknown_template_role_and_content_are_refused():

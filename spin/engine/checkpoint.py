@@ -27,8 +27,8 @@ log = logging.getLogger("spin")
 class Checkpoints:
     """<directory>/step-NNNNNN: parameters and optimizer state, each rank's shards, written during training.
 
-    A checkpoint gets its name when every rank's file is on disk, with about.json: their digests, the step,
-    and a digest of the iteration's inputs.json. The last `keep` are kept. It loads on any number of ranks.
+    A checkpoint gets its name when every rank's file and about.json are on disk: the files' digests, the
+    step, and a digest of the iteration's inputs.json. The last `keep` remain. Any number of ranks loads it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Checkpoints:
             if not damaged:
                 try:
                     self._load(path)
-                except (SafetensorError, IndexError, KeyError, RuntimeError) as error:
+                except (SafetensorError, IndexError, KeyError, RuntimeError, ValueError) as error:
                     raise OSError(
                         f"{path}: cannot be loaded ({error}); remove it to resume without"
                     ) from None
@@ -210,7 +210,7 @@ def export(model: Mistral, path: Path, tokenizer: Path, dtype: torch.dtype, card
     """Write sharded parameters as a Hugging Face directory that is complete or absent.
 
     Every rank takes part in gathering, one parameter at a time; the first writes. Tokenizer files come from
-    `tokenizer`, a model directory or a sentencepiece file; `card` becomes README.md.
+    `tokenizer`, a model directory or a tokenizer file; `card` becomes README.md.
     """
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

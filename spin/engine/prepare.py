@@ -47,11 +47,9 @@ class Prepared:
 
     @property
     def tokenizer_path(self) -> Path:
-        return (
-            Path(self.config.sft.tokenizer or self.config.sft.init)
-            if self.n < 0
-            else self.config.model_dir(self.n - 1)
-        )
+        if self.n >= 0:
+            return self.config.model_dir(self.n - 1)
+        return Path(self.config.sft.tokenizer or self.config.sft.init)
 
     @property
     def part(self) -> Optimization:
@@ -145,12 +143,13 @@ def base_source(config: Config) -> tuple[Path | ModelConfig, ModelConfig, Tokeni
         tokenizer = Tokenizer(part.tokenizer) if part.tokenizer else None
         return Path(part.init), *open_model(Path(part.init), tokenizer)
     if not part.tokenizer:
-        raise ValueError("sft.architecture needs sft.tokenizer, a sentencepiece model")
+        raise ValueError("sft.architecture needs sft.tokenizer, a tokenizer.model or tokenizer.json")
     unknown = sorted(part.architecture.keys() - {field.name for field in fields(ModelConfig)})
     if unknown:
         raise ValueError(f"sft.architecture: {unknown[0]} is not a field of ModelConfig (model/config.py)")
     tokenizer = Tokenizer(part.tokenizer)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    bos = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
+    ids = {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
     given = {"vocab_size": tokenizer.vocab_size} | ids | part.architecture
     architecture = ModelConfig.from_dict(given, "sft.architecture")
     return architecture, architecture, tokenizer

@@ -32,8 +32,8 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>", dtype="auto")
 
 or `model.weights.load_model("<this directory>")` in the code that made it, where `Tokenizer.encode_prompt`
 gives a prompt's ids. `AutoTokenizer` and `vllm serve` need a tokenizer.json, which is here if the base model
-had one. Training used prompts of this form, without a beginning-of-sequence token (`</s>` is the one token
-that ends a turn, not its characters):
+had one. Training used prompts of this form, without a beginning-of-sequence token (`<eos>` is the
+end-of-sequence token, not its characters):
 
 ```
 {prompt}
@@ -80,6 +80,6 @@ def model_card(
         title="SFT model" if sft else f"{method}, iteration {iteration}",
         facts=markdown([["", ""], *((name, escaped(value)) for name, value in facts.items())], longest=1000),
         metrics=markdown([["metric", "value"], *metrics]),
-        prompt="".join("</s>" if part is None else part for part in parts),
+        prompt="".join("<eos>" if part is None else part for part in parts),
         settings=to_toml(config).rstrip(),
     )
