@@ -3,6 +3,7 @@
 # make test       the tests
 # make miniature  the default recipe over five seeds; fills docs/miniature.md
 # make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
+# make smollm2    a real model of 135M parameters (see configs/smollm2-135m.toml; docs/smollm2.md)
 # make base       remake the miniature's base model
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN := $(BIN)/torchrun --standalone
 # The miniature's steps are too small to be shared by threads.
 TINY := OMP_NUM_THREADS=1 $(RUN)
 
-.PHONY: demo check test miniature gsm8k base clean
+.PHONY: demo check test miniature gsm8k smollm2 base clean
 
 demo: .venv/runtime
 	$(TINY) train.py --iter 0-3
@@ -33,6 +34,18 @@ miniature: .venv/runtime
 
 gsm8k: .venv/dev data/mistral/tokenizer.model
 	$(RUN) train.py --config configs/gsm8k.toml --iter 0
+
+SMOLLM2 := --config configs/smollm2-135m.toml --iter 0-1
+smollm2: .venv/runtime
+	$(BIN)/python -m benchmarks.texts --select data/gsm8k
+	$(RUN) train.py $(SMOLLM2)
+	$(RUN) train.py $(SMOLLM2) --run.dir=runs/smollm2/control \
+	    --model.base=runs/smollm2/base/model --train.objective=sft
+	$(RUN) evaluate.py $(SMOLLM2:0-1=base,0-1)
+	$(BIN)/python -m benchmarks.texts --data data/gsm8k/short-heldout.jsonl --out runs/smollm2 \
+	    SFT=runs/smollm2/base/evaluation \
+	    "SPIN 0=runs/smollm2/iter0/evaluation" "SPIN 1=runs/smollm2/iter1/evaluation" \
+	    "SFT 0=runs/smollm2/control/iter0/evaluation" "SFT 1=runs/smollm2/control/iter1/evaluation"
 
 base: .venv/runtime
 	$(BIN)/python -m miniature.world --seed 0 --out runs/tiny-base/world

@@ -16,7 +16,7 @@ from spin.engine.files import only_process
 from spin.engine.prepare import open_model
 from spin.engine.recipe import Recipe
 from spin.evaluation.compare import compare
-from spin.evaluation.runner import evaluate, load_tasks
+from spin.evaluation.runner import OWN, evaluate, load_tasks
 from spin.iteration import evaluate_model
 from spin.report.leaderboard import benchmarks, leaderboard_table, results_table
 from spin.report.run import evaluations, table, write_report
@@ -83,8 +83,9 @@ def check(config: Config, model: Path, remedy: str = "") -> None:
         raise FileNotFoundError(f"{model}: no such model directory{remedy}")
     if not (model / "config.json").is_file() and (model / "model" / "config.json").is_file():
         raise FileNotFoundError(f"{model}: the model is in {model / 'model'}")
-    load_tasks(config)
-    open_model(model)
+    tasks, (_, tokenizer) = load_tasks(config), open_model(model)
+    if any(task.name in OWN for task in tasks):  # those that have prompts
+        tokenizer.encode_prompt([{"role": "user", "content": "Hi"}], config.train.template)
 
 
 if __name__ == "__main__":

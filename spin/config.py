@@ -87,6 +87,7 @@ class Optimization:
     checkpoint_every: int = _free(200)  # steps
     keep_checkpoints: int = _free(2)  # how many of the last checkpoints are kept
     tensorboard: bool = _free(False)  # also write TensorBoard events to <iteration>/tensorboard
+    wandb: bool = _free(False)  # also log to Weights & Biases; WANDB_PROJECT and WANDB_MODE are its own
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def tokenize(
     """
     items = []
     for example in examples:
-        prompt = tokenizer.encode_prompt(example.prompt, template)
+        prompt = _encode_prompt(example, tokenizer, template)
         if not prompt:
             raise ValueError(f"{example.where}: the prompt has no token under the template {template}")
         texts = [example.real] if example.generated is None else [example.real, example.generated]
@@ -153,9 +153,16 @@ def encode_prompts(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
 ) -> list[list[int]]:
     """Ids of the prompts alone, each truncated to its last max_prompt_length tokens, for the sampler."""
-    prompts = [tokenizer.encode_prompt(example.prompt, template) for example in examples]
+    prompts = [_encode_prompt(example, tokenizer, template) for example in examples]
     counts["prompts cut at the left"] += sum(len(prompt) > data.max_prompt_length for prompt in prompts)
     return [prompt[-data.max_prompt_length :] for prompt in prompts]
+
+
+def _encode_prompt(example: Example, tokenizer: Tokenizer, template: str) -> list[int]:
+    try:
+        return tokenizer.encode_prompt(example.prompt, template)
+    except ValueError as error:
+        raise ValueError(f"{example.where}: {error}") from None
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -32,10 +32,14 @@ from spin.packing import Item, flops, identical_pairs, pack, response_logps
 from spin.trainer import backward
 
 GIB = 2**30
-SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ARCHITECTURES = {  # SHAPE of their config.json; both have 32,000 tokens and 8 key/value heads
-    "zephyr-7b": ("mistral", 4096, 14336, 32, 32),
-    "llama-2-70b": ("llama", 8192, 28672, 80, 64),
+SHAPE = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+SHAPE += ["num_key_value_heads", "tie_word_embeddings"]
+ARCHITECTURES = {  # SHAPE of their config.json
+    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, True),
+    "tinyllama-1.1b": ("llama", 32000, 2048, 5632, 22, 32, 4, False),
+    "qwen2.5-1.5b": ("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
+    "zephyr-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
+    "llama-2-70b": ("llama", 32000, 8192, 28672, 80, 64, 8, False),
 }
 
 
@@ -195,7 +199,7 @@ def _hours(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__.splitlines()[0])
     parser.add_argument("--iter", type=int, default=0, help="use this iteration's settings (default: 0)")
-    names = f"config.json, a model's directory, or {' or '.join(ARCHITECTURES)} (default: the recipe's)"
+    names = f"config.json, a model's directory, or one of {', '.join(ARCHITECTURES)} (default: the recipe's)"
     parser.add_argument("--architecture", type=Path, help=names)
     parser.add_argument("--gpus", type=int, default=1, help="over all nodes (default: 1)")
     parser.add_argument("--memory", type=float, help="GiB of each GPU (default: --gpu's)")
@@ -239,8 +243,7 @@ def _architecture(given: Path | None, config: Config, recipe: Path) -> ModelConf
     if file.is_file():
         return ModelConfig.from_dict(read_json(file), str(file))
     if shape := ARCHITECTURES.get(str(path)):
-        sizes = {"vocab_size": 32000, "num_key_value_heads": 8}
-        return ModelConfig.from_dict(sizes | dict(zip(SHAPE, shape)), str(path))
+        return ModelConfig.from_dict(dict(zip(SHAPE, shape)), str(path))
     known = f"a config.json, a model's directory, or {', '.join(ARCHITECTURES)}"
     raise FileNotFoundError(f"{path}: no such architecture; --architecture takes {known}")
 

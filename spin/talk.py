@@ -73,8 +73,9 @@ def models(
     for n in iterations:
         config = recipe.at(n)
         found.append(("base" if n < 0 else f"iteration {n}", config.model_dir(n), config))
-    for _, path, _ in found:
-        open_model(path)
+    for _, path, config in found:
+        _, tokenizer = open_model(path)
+        tokenizer.encode_prompt([{"role": "user", "content": "Hi"}], config.train.template)
     return found
 
 

@@ -69,7 +69,7 @@ def train(
     start = checkpoints.restore()
     steps = ([used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop))
     with (
-        Log(directory, start, part.tensorboard) if ranks.first else nullcontext() as log,
+        Log(directory, start, part) if ranks.first else nullcontext() as log,
         ranks.progress(schedule.stop, "train", "step", start) as bar,
         closing(checkpoints),
         closing(objective.batches(steps)) as batches,

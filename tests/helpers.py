@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 from safetensors.torch import load_file
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Built
 
 from model.attention import choose_backend
 from model.config import ModelConfig
@@ -339,3 +341,35 @@ def odd_strings() -> list[str]:
         for _ in range(30)
     ]
     return AWKWARD + drawn + ["x" * 2000, " " * 300, "\ufffd", "e\u0301", "1234567890" * 5]
+
+
+# Tokenizers.
+
+END, START = "<|im_end|>", "<|im_start|>"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+WORDS += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level(pattern: str = "", normalizer=None) -> Built:
+    """Byte-level BPE; a pattern as Llama 3 and Qwen have it, or GPT-2's (SmolLM2)."""
+    built = Built(models.BPE())
+    built.normalizer = normalizer
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        built.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
+    built.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", START, END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = odd_strings() + ["Is it?\nA: the end.\n\nQ: "] * 9  # "?\n" and "\n\n" are tokens
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    built.train_from_iterator(texts, trainer)
+    return built
+
+
+BYTE_LEVEL = {
+    "gpt-2": byte_level,
+    "llama 3": lambda: byte_level(WORDS % r"\p{N}{1,3}"),
+    "qwen": lambda: byte_level(WORDS % r"\p{N}", normalizers.NFC()),
+}

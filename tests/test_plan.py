@@ -138,6 +138,17 @@ def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
     assert "train.token_budget = 8192: fits" in output and "4 x 139 GiB" in output
 
 
+@pytest.mark.parametrize(
+    "recipe, parameters", [("tinyllama-1.1b", 1_100_048_384), ("qwen2.5-1.5b", 1_543_714_304)]
+)
+def test_the_recipes_for_24_gb_fit(recipe, parameters):
+    output = planned(
+        "--config", f"configs/{recipe}.toml", "--gpu", "RTX 4090", "--pairs", "7000", "--run.dir=none"
+    )
+    assert f"{parameters / 1e9:.2f}e9 parameters" in output
+    assert "on each GPU; " in output and ": fits\n" in output and "NOT FIT" not in output
+
+
 def test_bad_arguments_are_refused(small_recipe, tmp_path):
     (tmp_path / "no.toml").write_text(f'[run]\ndir = "{tmp_path}/no"\n[data]\nnum_prompts = 5000\n')
     assert "did you mean" in run_script(

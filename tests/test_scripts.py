@@ -5,25 +5,29 @@ import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.sampler import generate
 from model.tokenizer import Tokenizer
-from model.weights import load_model
+from model.weights import load_model, save_model
 from spin.config import Data
 from spin.opponent import read_pairs
 from spin.report.markdown import escaped
 from spin.talk import side_by_side
 from tests.helpers import (
+    END,
     ROOT,
+    byte_level,
     count_lines,
     generated,
     kill_when,
     metrics,
     random_ids,
     run_script,
+    small_model,
     weights,
     write_jsonl,
 )
@@ -587,3 +591,67 @@ def test_a_bad_line_of_data_is_refused_with_its_place(recipe, tmp_path):
         "train.py", *recipe(tmp_path / "run", f"--data.path={data}"), "--iter", "0", fails=True
     )
     assert "d.jsonl:2: empty response" in output
+
+
+def chat_model(folder: Path) -> Path:
+    """A model with a tokenizer.json and a chat template that refuses a system turn."""
+    save_model(small_model(vocab_size=900), folder, torch.float32)
+    byte_level().save(str(folder / "tokenizer.json"))
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}Q:"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("tokenizer.json", None, "model: no tokenizer.model and no tokenizer.json; copy one"),
+        ("tokenizer.json", '{"pre_tokenizer": {"type": "Next"}}', "tokenizer.json: tokenizers "),
+        (
+            "config.json",
+            '{"model_type": "gemma2"}',
+            "config.json: model_type = 'gemma2' is not supported, only",
+        ),
+        (
+            "tokenizer_config.json",
+            json.dumps({"eos_token": END}),
+            "model: no chat template, which template =",
+        ),
+        (
+            "chat_template.jinja",
+            "{{ messages.append(1) }}",
+            "chat_template.jinja can't render the turns user (access",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_by_every_script_in_a_line(
+    recipe, tmp_path, file, text, message
+):
+    model, run = chat_model(tmp_path / "model"), tmp_path / "run"
+    (model / file).unlink() if text is None else (model / file).write_text(text)
+    common = recipe(run, "--train.template=model")
+    for arguments in (
+        ["generate.py", "--model", str(model), "--prompt", "hi", *common],
+        ["evaluate.py", "--model", str(model), "--out", str(run), *common],
+        ["train.py", "--iter", "0", f"--model.base={model}", *common],
+    ):
+        output = run_script(*arguments, fails=True)
+        assert "Traceback" not in output and message in output.splitlines()[-1], output
+        assert not run.exists()
+
+
+def test_a_role_that_the_chat_template_refuses_is_named_with_its_line(recipe, tmp_path):
+    model, turns = chat_model(tmp_path / "model"), [{"role": r, "content": r} for r in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": ""}, *turns]}]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    settings = [
+        f"--data.path={data}",
+        "--data.num_prompts=0",
+        f"--model.base={model}",
+        "--train.template=model",
+    ]
+    output = run_script("train.py", *recipe(tmp_path / "run", *settings), "--iter", "0", fails=True)
+    assert (
+        "d.jsonl:2: " in output and "chat_template can't render the turns system, user (no system)" in output
+    )
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from spin.config import Train
 from spin.engine.distributed import ranks
 from spin.engine.files import only_process, read_jsonl, read_toml, whole_directory, write_whole
 from spin.engine.metrics import Log
@@ -93,7 +94,7 @@ def test_a_planted_link_is_not_followed(tmp_path, group):
         write_whole(run / "report.md", b"x")
     with pytest.raises(OSError, match="rank0.jsonl"):
         Rows(run / "rows", RECORD, group)
-    Log(run, 0).write({"step": 1, "loss": 1.0, "tokens_per_second": 1.0}, group.progress(1, "", ""))
+    Log(run, 0, Train()).write({"step": 1, "loss": 1.0, "tokens_per_second": 1.0}, group.progress(1, "", ""))
     assert not (run / "metrics.jsonl").is_symlink()  # replaced, as a whole
     assert outside.read_text() == "precious"
 

@@ -199,9 +199,10 @@ def test_a_model_that_loses_line_ends_is_refused(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_a_damaged_tokenizer_json_is_refused(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json: the package tokenizers .* can't read it"):
+@pytest.mark.parametrize("text", ["{}", '{"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Next"}}'])
+def test_a_tokenizer_json_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer.json: tokenizers .* can't read it .*; copy it again, or"):
         Tokenizer(tmp_path)
 
 
@@ -211,7 +212,7 @@ def test_a_text_that_is_not_unicode_is_refused(mistral_tokenizer):
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json; copy one"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.model: not a sentencepiece model"):

@@ -4,35 +4,14 @@ import json
 import unicodedata
 
 import pytest
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Built
+from tokenizers import decoders, models, normalizers, trainers
 
 from model.tokenizer import Tokenizer
 from model.weights import copy_tokenizer, fingerprint, save_model
-from tests.helpers import odd_strings, small_model
+from tests.helpers import BYTE_LEVEL, END, START, odd_strings, small_model
 
-END, START = "<|im_end|>", "<|im_start|>"
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-WORDS += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXTS = odd_strings()
-
-
-def byte_level(pattern: str = "", normalizer=None) -> Built:
-    """Byte-level BPE; a pattern as Llama 3 and Qwen have it, or GPT-2's (SmolLM2)."""
-    built = Built(models.BPE())
-    built.normalizer = normalizer
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pattern:
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        built.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
-    built.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", START, END]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    built.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return built
 
 
 def metaspace() -> Built:
@@ -67,12 +46,7 @@ def metaspace() -> Built:
     return built
 
 
-KINDS = {
-    "gpt-2": byte_level,
-    "llama 3": lambda: byte_level(WORDS % r"\p{N}{1,3}"),
-    "qwen": lambda: byte_level(WORDS % r"\p{N}", normalizers.NFC()),
-    "mistral": metaspace,
-}
+KINDS = BYTE_LEVEL | {"mistral": metaspace}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -207,15 +181,23 @@ def test_the_models_own_template_gives_the_ids_of_apply_chat_template(folder, tm
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "no chat template, which template = "),
-        ("{{ raise_exception('no system turn') }}", "no system turn"),
+        (None, ": no chat template, which template = .*; choose zephyr"),
+        (
+            "{{ raise_exception('no user turn') }}",
+            r"can't render the turns user \(no user turn\); correct it or",
+        ),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{% for %}", "refuses"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("a\n{% for %}", "line 2: Expected"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ 1 // 0 }}", "zero"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(folder, tmp_path, template, message):
     copy_tokenizer(folder, tmp_path)
     config = {"eos_token": END} | ({"chat_template": template} if template else {})
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{tmp_path}: .*{message}"):
+    file = "/tokenizer_config.json: chat_template .*" if template else ""
+    with pytest.raises(ValueError, match=f"^{tmp_path}{file}{message}") as refused:
         Tokenizer(tmp_path).encode_prompt([USER], "model")
+    assert "\n" not in str(refused.value)

@@ -1,11 +1,13 @@
-"""metrics.jsonl, and TensorBoard events where the recipe asks for them."""
+"""metrics.jsonl, and TensorBoard events or a Weights & Biases run where the recipe asks for them."""
 
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from spin.config import Optimization
 from spin.engine.files import no_link, read_jsonl, to_jsonl, write_whole
 
 # Dense bf16 FLOP/s, GiB and bytes/s from NVIDIA's data sheets, by a part of the device's name; the first that
@@ -26,24 +28,30 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, (peak, *_) in GPUS.items() if part in name), None)
 
 
-def check_tensorboard() -> None:
-    """Raise ValueError if the package is not installed."""
-    if not importlib.util.find_spec("tensorboard"):
-        raise ValueError("tensorboard = true needs the package: pip install tensorboard, or set it to false")
+def check_loggers(part: Optimization) -> None:
+    """Raise ValueError if the package of a requested logger is not installed."""
+    for package in ("tensorboard", "wandb"):
+        if getattr(part, package) and not importlib.util.find_spec(package):
+            raise ValueError(f"{package} = true needs the package: pip install {package}, or set it to false")
 
 
 class Log:
     """metrics.jsonl: one object per step. Steps after `start`, which a killed run had logged, are removed."""
 
-    def __init__(self, directory: Path, start: int, tensorboard: bool = False):
+    def __init__(self, directory: Path, start: int, part: Optimization):
         path = directory / "metrics.jsonl"
         write_whole(path, to_jsonl(row for row in read_log(path) if row["step"] <= start))
         self._file = open(path, "ab", opener=no_link)
-        self._events = None
-        if tensorboard:
+        self._events = self._run = None
+        if part.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        if part.wandb:
+            import wandb
+
+            # "auto": a run that was stopped is continued; it ignores steps that it has.
+            self._run = wandb.init(dir=directory, name=str(directory), config=asdict(part), resume="auto")
 
     def write(self, metrics: dict, bar: tqdm) -> None:
         """Append a step's metrics, and show some of them on the progress bar."""
@@ -52,6 +60,8 @@ class Log:
         if self._events:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, metrics["step"])
+        if self._run:
+            self._run.log(metrics, step=metrics["step"])
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics}
         bar.set_postfix(shown | {"tokens/s": f"{metrics['tokens_per_second']:.0f}"}, refresh=False)
 
@@ -62,6 +72,8 @@ class Log:
         self._file.close()
         if self._events:
             self._events.close()
+        if self._run:
+            self._run.finish(exit_code=int(error[0] is not None))
 
 
 def read_log(path: Path) -> list[dict]:

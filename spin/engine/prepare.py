@@ -14,11 +14,11 @@ from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import Checkpoint, fingerprint
 from spin.config import Config, Optimization
-from spin.data import Example, choose, digest, load_examples
+from spin.data import Example, choose, digest, encode_prompts, load_examples
 from spin.engine.checkpoint import bytes_to_write, check_room
 from spin.engine.distributed import this_device
 from spin.engine.files import file_digest, write_whole
-from spin.engine.metrics import check_tensorboard
+from spin.engine.metrics import check_loggers
 from spin.engine.recipe import Recipe, flat, recorded, to_toml
 from spin.engine.stages import check_claim, claim
 from spin.opponent import read_pairs
@@ -101,7 +101,8 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
         remedy = f"run --iter {n - 1} first" if n else "model.base is the SFT model to start from"
         raise FileNotFoundError(f"{opponent}: no such directory; {remedy}")
 
-    for used in [part] if n < 0 else [part, config.generate, *[config.evaluate] * config.evaluates]:
+    parts = [part] if n < 0 else [part, config.generate, *[config.evaluate] * config.evaluates]
+    for used in parts:
         dtype = getattr(torch, used.dtype)
         choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
         if getattr(used, "template", "") == "model":
@@ -112,12 +113,15 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     else:
         dropped = before.dropped
         examples = choose(before.examples, config.data) if before.n < 0 else before.examples
+    if any(getattr(used, "template", "") == "model" for used in parts):
+        # It may refuse other roles: try the first example of each sequence of roles.
+        kinds = {tuple(turn["role"] for turn in example.prompt): example for example in reversed(examples)}
+        encode_prompts(kinds.values(), tokenizer, "model", config.data, Counter())
 
     p = Prepared(n, recipe, source, architecture, tokenizer, examples, dropped)
     check_claim(p.directory, settings(p), flat(Config()))
     Schedule(part, len(examples) - len(held_out_items(part, len(examples))))
-    if part.tensorboard:
-        check_tensorboard()
+    check_loggers(part)
     if part.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise ValueError(
             "compile = true needs a C++ compiler, and there is none; install g++, or set it to false"

@@ -66,14 +66,16 @@ def _generate(
     benchmark: Benchmark, documents: Sequence[Document], harness: str, model: LoadedModel, docs: Sequence[int]
 ) -> Iterator[dict]:
     """An answer is generated greedily, up to a stop string."""
-    limit, stops = benchmark.max_new_tokens, benchmark.stops[harness]
+    tokenizer, limit = model.tokenizer, benchmark.max_new_tokens
+    eos = [text for text, id in tokenizer.special.items() if id == tokenizer.eos_id]
+    stops = [*benchmark.stops[harness], *eos]  # also where it is spelled out
     asked = [documents[doc].context + documents[doc].question.texts[0] for doc in docs]
     prompts, most = [model.encoder.encode(text) for text in asked], model.max_length - limit
-    ends = StopStrings(model.tokenizer, stops)
+    ends = StopStrings(tokenizer, stops)
     for response in model.generate([ids[-most:] for ids in prompts], max_new_tokens=limit, stop=ends):
         place, document = response.index, documents[docs[response.index]]
-        text = model.tokenizer.decode(response.ids)
-        for stop in (*stops, "</s>"):
+        text = tokenizer.decode(response.ids)
+        for stop in stops:
             text = text.split(stop)[0]
         about = {"hash": text_hash([asked[place]]), "truncated": len(prompts[place]) > most}
         yield {"doc": docs[place]} | about | benchmark.measure(document.question, text, harness)
@@ -94,10 +96,14 @@ class StopStrings:
         self.reach = max(len(string.encode()) for string in strings)  # a token has at least one byte
         self.tails: dict[int, deque[int]] = {}  # newest tokens of each response
         self.may_end: dict[int, bool] = {}  # whether a token can complete a string: most cannot
+        special = tokenizer.special.items()  # these decode to nothing
+        self.ends = {id for text, id in special if any(string in text for string in strings)}
 
     def __call__(self, index: int, token: int) -> bool:
         tail = self.tails.setdefault(index, deque(maxlen=self.reach))
         tail.append(token)
+        if token in self.ends:
+            return True
         if token not in self.may_end:
             text = self.tokenizer.decode_continuation([token])
             self.may_end[token] = "\ufffd" in text or any(string[-1] in text for string in self.strings)

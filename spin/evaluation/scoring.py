@@ -36,7 +36,7 @@ class Request(NamedTuple):
 class Encoder:
     """Encodes texts as the harness does. Repeated lines, such as few-shot examples, are encoded once.
 
-    `bos`: prepend BOS if the tokenizer has one, as harness 0.4.13 does and 0.4.0 does not.
+    `bos`: prepend BOS, as harness 0.4.13 does where the tokenizer adds one, and 0.4.0 never does.
     """
 
     def __init__(self, tokenizer: Tokenizer, bos: bool):
@@ -59,18 +59,19 @@ class Encoder:
     def request(self, context: str, continuation: str, most: int, where: str) -> tuple[Request, bool]:
         """The request's ids, and whether they were cut at the left to the `most` that the model reads.
 
-        Blanks at the context's end are moved to the continuation. Both are encoded together; the continuation
-        is what exceeds the context's own length. Raises ValueError unless it has 1 to `most` tokens.
+        Blanks at the context's end are moved to the continuation. Its ids are those of both texts together
+        after as many as the context alone has. Raises ValueError unless it has 1 to `most` tokens.
         """
         blank = len(context) - len(context.rstrip())
         if blank:
             context, continuation = context[:-blank], context[-blank:] + continuation
         if context:
-            ids = self.encode(context + continuation)
-            count = len(ids) - len(self.encode(context))
+            before = self.encode(context)
+            own = self.encode(context + continuation)[len(before) :]
         else:
             own, bos = self.tokenizer.encode(continuation), self.tokenizer.bos_id
-            ids, count = [bos if bos >= 0 else self.tokenizer.eos_id, *own], len(own)
+            before = [bos if bos >= 0 else self.tokenizer.eos_id]
+        ids, count = before + own, len(own)
         if not 0 < count <= most:
             raise ValueError(
                 f"{where}: {count} tokens in the choice {continuation!r:.99}; 1 to {most} can be scored"

@@ -32,12 +32,7 @@ model = AutoModelForCausalLM.from_pretrained("<this directory>", dtype="auto")
 
 or `model.weights.load_model("<this directory>")` in the code that made it, where `Tokenizer.encode_prompt`
 gives a prompt's ids. `AutoTokenizer` and `vllm serve` need a tokenizer.json, which is here if the base model
-had one. Training used prompts of this form, without a beginning-of-sequence token (`<eos>` is the
-end-of-sequence token, not its characters):
-
-```
-{prompt}
-```
+had one. {template}
 
 ## Settings
 
@@ -45,6 +40,13 @@ end-of-sequence token, not its characters):
 {settings}
 ```
 """
+
+TEMPLATE = """Training used prompts of this form, without a beginning-of-sequence token (`<eos>` is the
+end-of-sequence token, not its characters):
+
+```
+{prompt}
+```"""
 
 
 def model_card(
@@ -72,14 +74,17 @@ def model_card(
     last = (read_log(directory / "metrics.jsonl") or [{}])[-1]
     metrics = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in last.items()]
     template = (config.sft if sft else config.train).template
-    question = [{"role": "user", "content": "Why is the sky blue?"}]
-    parts = ["the model's own chat template"] if template == "model" else render(question, template)
+    if template == "model":
+        form = "Training used the model's own chat template."
+    else:
+        parts = render([{"role": "user", "content": "Why is the sky blue?"}], template)
+        form = TEMPLATE.format(prompt="".join("<eos>" if part is None else part for part in parts))
     return CARD.format(
         tags="sft" if sft else "spin, self-play",
         run=escaped(Path(config.run.dir).name),
         title="SFT model" if sft else f"{method}, iteration {iteration}",
         facts=markdown([["", ""], *((name, escaped(value)) for name, value in facts.items())], longest=1000),
         metrics=markdown([["metric", "value"], *metrics]),
-        prompt="".join("<eos>" if part is None else part for part in parts),
+        template=form,
         settings=to_toml(config).rstrip(),
     )
