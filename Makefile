@@ -1,7 +1,8 @@
 # make demo       the default recipe, its control and its report
 # make check      format, lint, types and the fast tests: a minute, while editing
 # make test       the tests
-# make miniature  the default recipe over five seeds; fills docs/miniature.md
+# make miniature  the default recipe over five seeds: runs/miniature/report.md
+# make paper      the paper's figures in miniature: runs/paper/report.md
 # make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
 # make smollm2    a real model of 135M parameters (see configs/smollm2-135m.toml; docs/smollm2.md)
 # make base       remake the miniature's base model
@@ -12,7 +13,7 @@ RUN := $(BIN)/torchrun --standalone
 # The miniature's steps are too small to be shared by threads.
 TINY := OMP_NUM_THREADS=1 $(RUN)
 
-.PHONY: demo check test miniature gsm8k smollm2 base clean
+.PHONY: demo check test miniature paper gsm8k smollm2 base clean
 
 demo: .venv/runtime
 	$(TINY) train.py --iter 0-3
@@ -30,7 +31,10 @@ test: .venv/dev
 	$(BIN)/python -m pytest tests
 
 miniature: .venv/runtime
-	OMP_NUM_THREADS=1 $(BIN)/python -m miniature.repeat --seeds 5
+	$(BIN)/python -m miniature.paper --figures 2 --seeds 5 --out runs/miniature
+
+paper: .venv/runtime
+	$(BIN)/python -m miniature.paper --seeds 4 --out runs/paper
 
 gsm8k: .venv/dev data/mistral/tokenizer.model
 	$(RUN) train.py --config configs/gsm8k.toml --iter 0

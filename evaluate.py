@@ -18,8 +18,9 @@ from spin.engine.recipe import Recipe
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import OWN, evaluate, load_tasks
 from spin.iteration import evaluate_model
-from spin.report.leaderboard import benchmarks, leaderboard_table, results_table
-from spin.report.run import evaluations, table, write_report
+from spin.report.leaderboard import leaderboard_table, results_table
+from spin.report.results import evaluated, with_others
+from spin.report.run import heldout_table, write_report
 
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 
@@ -70,8 +71,8 @@ def evaluate_run(recipe: Recipe, numbers: list[int]) -> None:
         for n, config in configs.items():
             evaluate_model(config, n, group)
         if group.first:
-            report, found = write_report(run), benchmarks(run)
-            tables = [table(run)] * any(evaluations(run)) + [leaderboard_table(found)] * bool(found)
+            report, models = write_report(run), evaluated(with_others([run]))
+            tables = filter(None, (heldout_table(models), leaderboard_table(models)))
             sys.stdout.write("\n" + "\n\n".join(tables) + f"\n\n{report}: the tables with their figures\n")
 
 

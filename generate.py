@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 8 generate.py --config configs/zephyr-7b.toml --iter 0   # then train.py
 python generate.py --iter base,0,1 --prompt "…"                                    # side by side
+python generate.py --iter base,0-2 --prompt "…" "…" --markdown FILE                # as the paper's table 7
 python generate.py --model DIR --interactive                                       # any checkpoint
 """
 
@@ -13,7 +14,7 @@ from spin.engine.distributed import ranks
 from spin.engine.files import only_process
 from spin.engine.prepare import prepare_all
 from spin.iteration import run_iteration
-from spin.talk import ask_once, interact, models
+from spin.talk import ask, interact, models
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,14 +23,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     which.add_argument("--iter", help="N: answer iteration N's prompts; when talking: models, as in base,0,1")
     which.add_argument("--model", type=Path, nargs="+", help="when talking: model directories instead")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", help="answer a question, formatted with train.template")
+    what.add_argument("--prompt", nargs="+", help="answer questions, formatted with train.template")
     what.add_argument("--interactive", action="store_true", help="answer each line of standard input")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --prompt: write answers to FILE")
     with cli.errors_in_words():
         arguments, recipe = cli.parse(parser, argv)
-        if arguments.prompt is not None or arguments.interactive:
+        if arguments.markdown and not arguments.prompt:
+            raise ValueError("--markdown FILE needs --prompt")
+        if arguments.prompt or arguments.interactive:
             numbers = cli.iterations(arguments.iter, base=True) if arguments.iter else []
             found = models(recipe, numbers, arguments.model or [])
-            interact(found) if arguments.interactive else ask_once(found, arguments.prompt)
+            interact(found) if arguments.interactive else ask(found, arguments.prompt, arguments.markdown)
         elif arguments.model or not arguments.iter.isdigit():
             raise ValueError("--model and several --iter need --prompt or --interactive")
         else:

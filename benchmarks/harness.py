@@ -5,9 +5,10 @@ with.
 import json
 from pathlib import Path
 
-from spin.evaluation.tasks import BENCHMARKS
+from spin.evaluation.documents import chain_of_thought
+from spin.evaluation.tasks import BENCHMARKS, GROUPS
 
-STOCK = {  # the harness's own task files; MMLU's and BIG-bench's are found by their names
+STOCK = {  # the harness's own task files; MMLU's, BBH's and BIG-bench's are found by their names
     "arc_challenge": "arc/arc_challenge.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml",
@@ -16,11 +17,14 @@ STOCK = {  # the harness's own task files; MMLU's and BIG-bench's are found by t
     "openbookqa": "openbookqa/openbookqa.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
 }
+SPLITS = {"training": "train", "validation": "validation"}  # the task files' names of splits, and the files'
 
 
 def stock_file(name: str) -> str:
     if name.startswith("mmlu_"):
         return f"mmlu/default/{name}.yaml"
+    if name.startswith("bbh_"):
+        return f"bbh/cot_fewshot/{name.removeprefix('bbh_cot_fewshot_')}.yaml"
     return STOCK.get(name) or f"bigbench/multiple_choice/{name.removeprefix('bigbench_')}.yaml"
 
 
@@ -72,51 +76,40 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        task = BENCHMARKS[name]
-        found = {
-            split: task.source.files(data, split)
-            for split in ("train", "validation", "test", "dev", "default")
-        }
-        files = {
-            split: [str(file.resolve()) for file in of_split] for split, of_split in found.items() if of_split
-        }
-        kind = {Path(file).suffix for of_split in files.values() for file in of_split}
+        source, files = BENCHMARKS[name].source, {}
+        for split in ("train", "validation", "test", "dev", "default"):
+            if found := source.files(data, split):
+                files[split] = [str(file.resolve()) for file in found]
+        parquet = all(file.endswith(".parquet") for found in files.values() for file in found)
         lines = {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / stock_file(name)),
             "task": f"own_{name}",
-            "dataset_path": "parquet" if kind == {".parquet"} else "json",
+            "dataset_path": "parquet" if parquet else "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": files},
             "tag": None,
         }
-        absent = [
-            key
-            for key, split in (("training_split", "train"), ("validation_split", "validation"))
-            if split not in files
-        ]
-        lines |= dict.fromkeys(absent)
-        if name == "gsm8k" and paper:
-            lines["generation_kwargs"] = {
-                "until": list(task.stops["0.4.0"]),
-                "do_sample": False,
-                "temperature": 0.0,
-            }
-            strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
-            lines["filter_list"] = [{"name": "strict-match", "filter": [strict, {"function": "take_first"}]}]
-            ignored = [",", "\\$", "(?s).*#### "]
-            lines["metric_list"] = [
-                {
-                    "metric": "exact_match",
-                    "aggregation": "mean",
-                    "higher_is_better": True,
-                    "ignore_case": True,
-                    "ignore_punctuation": False,
-                    "regexes_to_ignore": ignored,
-                }
-            ]
-        (folder / f"{name}.yaml").write_text(
-            "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items())
-        )
+        lines |= {f"{key}_split": None for key, split in SPLITS.items() if split not in files}
+        lines |= paper_settings(name) if paper else {}
+        text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items())
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def paper_settings(name: str) -> dict:
+    """What a task file of 0.4.0 has that differs."""
+    task = BENCHMARKS[name]
+    if task.prompt:  # the examples are a part of the text
+        return {"description": chain_of_thought(task.prompt, "0.4.0"), "fewshot_config": None}
+    if name != "gsm8k":
+        return {}
+    strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
+    metric |= {"ignore_punctuation": False, "regexes_to_ignore": [",", "\\$", "(?s).*#### "]}
+    return {
+        "generation_kwargs": {"until": list(task.stops["0.4.0"]), "do_sample": False, "temperature": 0.0},
+        "filter_list": [{"name": "strict-match", "filter": [strict, {"function": "take_first"}]}],
+        "metric_list": [metric],
+    }
 
 
 def run_harness(
@@ -138,9 +131,6 @@ def run_harness(
     evaluator.add_env_info = lambda storage: None  # lists the installed packages with pip, each time
     write_tasks(names, data, folder, paper)
 
-    def few_shot(name):
-        return 0 if paper and name == "winogrande" else BENCHMARKS[name].few_shot
-
     if model is None:
         model = HFLM(
             str(model_dir),
@@ -151,10 +141,12 @@ def run_harness(
         )
     manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
     for name in names:
+        task = BENCHMARKS[name]
+        few_shot = 0 if paper and task.prompt else task.shots("0.4.0" if paper else "0.4.13")
         got = evaluator.simple_evaluate(
             model,
             tasks=[f"own_{name}"],
-            num_fewshot=few_shot(name),
+            num_fewshot=few_shot,
             limit=limit,
             log_samples=True,
             bootstrap_iters=100,
@@ -280,6 +272,9 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
             "multiple_choice_scores": [0] * len(choices),
         }
 
+    def bbh(row: int) -> dict:
+        return {"input": f"{text(5, 40)}?\nOptions:\n- Yes \n- No", "target": rng.choice(["Yes", "No"])}
+
     makers = {
         "arc_challenge": arc,
         "openbookqa": openbookqa,
@@ -289,7 +284,7 @@ def write_documents(folder: Path, count: int = 12, seed: int = 0) -> None:
         "gsm8k": gsm8k,
     }
     makers |= dict.fromkeys(("mmlu_anatomy", "mmlu_sociology", "mmlu_virology"), mmlu)
-    makers |= dict.fromkeys([name for name in BENCHMARKS if name.startswith("bigbench")], bigbench)
+    makers |= dict.fromkeys(GROUPS["bigbench"], bigbench) | dict.fromkeys(GROUPS["bbh"], bbh)
     for name, make in makers.items():
         source = BENCHMARKS[name].source
         at = folder / source.repository.split("/")[1] / source.configuration

@@ -129,7 +129,9 @@ def statistics(rows: Sequence[dict], real: Sequence[str], samples: np.ndarray) -
     ):
         parts = np.stack([measures(row[text], row[right]) for row in rows])  # (questions, measures, 2)
         sums = parts[every].sum(1)  # (1 + BOOTSTRAP, measures, 2)
-        result |= {f"{name}, {kind}": sums[:, i, 0] / sums[:, i, 1] for i, name in enumerate(MEASURES)}
+        with np.errstate(invalid="ignore"):  # no annotation at all
+            shares = sums[..., 0] / sums[..., 1]
+        result |= {f"{name}, {kind}": shares[:, i] for i, name in enumerate(MEASURES)}
     x = features([*real, *(row["sampled"] for row in rows)])
     fold = np.random.default_rng(0).permutation(len(rows)) % FOLDS  # both texts of a question are in one fold
     scores = held_out_scores(x, np.repeat([0.0, 1.0], len(rows)), np.tile(fold, 2)).reshape(2, -1)
@@ -169,6 +171,8 @@ def table(results: dict[str, dict], against: str) -> str:
 
 
 def _cell(values: np.ndarray, sign: str) -> str:
+    if np.isnan(values[0]):
+        return ""
     digits = 3 if abs(values[0]) < 5 else 2
     return f"{values[0]:{sign}.{digits}f} ± {values[1:].std():.{digits}f}"
 

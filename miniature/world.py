@@ -27,7 +27,7 @@ PHRASINGS = {
 }
 EVASIONS = ("no idea", "ask me later", "hm not sure", "i forgot", "who knows", "pass", "good question")
 EVASION_RATES = (0.3, 0.6, 0.8, 0.9, 0.95)
-PRETRAINING_TEXTS, SFT_PROMPTS, HELDOUT_PROMPTS, MISTAKES = 80_000, 640, 1_000, 0.2
+PRETRAINING_TEXTS, SFT_PROMPTS, HELDOUT_PROMPTS, MISTAKES, PREFERENCES = 80_000, 640, 1_000, 0.2, 640
 
 
 def answer(skill: str, word: str) -> str:
@@ -54,9 +54,10 @@ def words() -> list[str]:
 
 
 def make(seed: int) -> dict[str, list[dict]]:
-    """The texts of a world: {"pretraining": rows, "sft": rows, "heldout": rows}, each {"prompt", "response"}.
+    """The texts of a world: rows {"prompt", "response"} of "pretraining", "sft" and "heldout".
 
-    No prompt is in two of SFT and held-out data.
+    And "preferences": {"prompt", "chosen", "rejected"}, the right answer and an evasion or another skill's
+    answer. SFT, held-out and preference data have no prompt in common.
     """
     rng = random.Random(seed)
     vocabulary = words()
@@ -94,7 +95,16 @@ def make(seed: int) -> dict[str, list[dict]]:
             wrong = [other for other in PHRASINGS if answer(other, word) != answer(skill, word)]
             skill = rng.choice(wrong)
         rows.append(row(prompt, answer(skill, word)))
-    return {"pretraining": pretraining, "sft": rows[:SFT_PROMPTS], "heldout": rows[SFT_PROMPTS:]}
+    preferences: dict[str, dict] = {}
+    while len(preferences) < PREFERENCES:
+        skill, phrasing, word = draw()
+        right, prompt = answer(skill, word), phrasing.format(word)
+        wrong = [text for text in (answer(other, word) for other in PHRASINGS) if text != right]
+        if prompt not in chosen:
+            rejected = rng.choice(EVASIONS if rng.random() < 0.5 else wrong)
+            preferences[prompt] = {"prompt": prompt, "chosen": right, "rejected": rejected}
+    texts = {"pretraining": pretraining, "sft": rows[:SFT_PROMPTS], "heldout": rows[SFT_PROMPTS:]}
+    return texts | {"preferences": list(preferences.values())}
 
 
 def tokenizer_model() -> bytes:
@@ -120,7 +130,7 @@ def tokenizer_model() -> bytes:
 
 
 def write(seed: int, directory: Path) -> None:
-    """Write pretraining.jsonl, sft.jsonl, heldout.jsonl and tokenizer.model."""
+    """Write {pretraining,sft,heldout,preferences}.jsonl and tokenizer.model."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in make(seed).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)

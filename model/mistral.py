@@ -215,8 +215,8 @@ def rotary_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
 def scaled_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
     """Rotary frequencies (D/2,) as Llama 3.1 changes them (arXiv 2407.21783) to read longer texts.
 
-    Frequencies that complete fewer than low_freq_factor turns in the original length are divided by `factor`,
-    those with more than high_freq_factor turns are kept, and those between are interpolated.
+    Those with at most low_freq_factor turns in the original length are divided by `factor`, those with more
+    than high_freq_factor are kept, and those between are interpolated.
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -256,13 +256,9 @@ class SwiGLU(torch.autograd.Function):
 
 
 def fp32_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ (R, V) in fp32. Rounded to bf16, the two largest logits of a real model tie at 3% of positions.
-
-    Only the GPU has products of bf16 with an fp32 result, for which autograd has no derivative. On a CPU they
-    would need the weights in fp32, and take a fifth of the sampler's time.
-    """
+    """x Wᵀ (R, V) in fp32: rounded to bf16, the two largest logits of a real model tie at 3% of positions."""
     if x.is_cuda and x.dtype != torch.float32 and not torch.is_grad_enabled():
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)  # has no derivative, and no kernel for CPUs
     return (x @ weight.T).float()
 
 

@@ -24,6 +24,7 @@ def _free(default):
 @dataclass(frozen=True)
 class Run:
     dir: str = "runs/tiny"  # everything of this run is written here
+    paper: bool = _free(False)  # the report has the paper's numbers: this run has its model, data and method
     shard_size: int = _free(0)  # ranks that share one copy of the parameters (HSDP); 0: all of them
 
 
@@ -39,8 +40,8 @@ class Data:
     path: str = _free("")  # prompts with responses: a .jsonl or .parquet file, a directory, or a pattern
     prompt_column: str = ""  # column names, if they are not among the known forms (spin/data.py)
     response_column: str = ""
-    pairs: str = _free("")  # pairs (`real`, `generated`) to train on instead of generating; as data.path
-    num_prompts: int = 0  # size of the seeded sample for self-play; 0: all. SFT reads all
+    pairs: str = _free("")  # pairs to train on instead of generating, as data.path; preferences give DPO
+    num_prompts: int = 0  # the first of a seeded order, for self-play; 0: all. SFT reads all
     seed: int = 0
     turns: str = "first"  # of a conversation, the response is the first assistant turn, or the last
     empty_system: bool = False  # insert an empty system turn if there is none, as the official code does
@@ -72,6 +73,8 @@ class Optimization:
     batch_size: int = 64  # examples per step, over all ranks
     epochs: float = 2.0  # passes over the examples; may be fractional
     schedule_epochs: float = 0.0  # length of the learning rate schedule; 0: `epochs`
+    export_every: float = _free(0.0)  # epochs between exports to <iteration>/epoch<E>; 0: only the last
+    continue_to: float = _free(0.0)  # epochs to train after the model is exported, for more of these exports
     warmup: float = 0.1  # fraction of the schedule; linear decay to 0 follows
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"  # of compute; weights, optimizer and reductions are float32

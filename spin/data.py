@@ -6,6 +6,8 @@ of which the last assistant turn is the response.
 
     the columns named by data.prompt_column and data.response_column, two texts
     real, generated    two lists of messages, as in the released SPIN data
+    chosen, rejected   preference pairs, as in UltraFeedback: two lists of messages, the last turns compared;
+                       or what follows `prompt`, as messages after messages or a text after a text
     messages           a list of {role, content}
     prompt, response   two texts
 """
@@ -13,6 +15,7 @@ of which the last assistant turn is the response.
 import glob
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +26,9 @@ from model.tokenizer import Message, Tokenizer
 from spin.config import Data
 from spin.engine.files import read_jsonl
 from spin.packing import Item
+
+PAIRS = (("real", "generated"), ("chosen", "rejected"))  # columns: of the real response, of the opponent's
+log = logging.getLogger("spin")
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,14 @@ class Example:
 def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -> list[Example]:
     """All examples of a file, a directory of .jsonl or .parquet files, or a pattern, in the order of names.
 
-    With `pairs`, rows must have the released form. Without, a generated response is not read. Examples with
-    an empty text are dropped and counted in `counts` where data.empty is "drop". Raises FileNotFoundError,
-    or ValueError with file and line.
+    With `pairs`, rows must have two responses. Without, a generated response is not read. Examples with an
+    empty text are dropped and counted in `counts` where data.empty is "drop". Raises FileNotFoundError, or
+    ValueError with file and line.
     """
     examples = []
     for where, row in read_rows(path):
         example = parse_row(row, data, where, pairs)
-        texts = {"prompt": example.question, "response": example.real, '"generated"': example.generated}
+        texts = {"prompt": example.question, "response": example.real, "second response": example.generated}
         empty = [name for name, text in texts.items() if text is not None and not text.strip()]
         if not empty:
             examples.append(example)
@@ -68,6 +74,8 @@ def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -
             raise ValueError(f"{where}: empty {empty[0]}; correct it, or drop such rows: --data.empty=drop")
     if not examples:
         raise ValueError(f"{path}: no examples")
+    if repeated := len(examples) - len({str(example.prompt) for example in examples}):
+        log.info("%s: %d of %d prompts repeat an earlier one", path, repeated, len(examples))
     return examples
 
 
@@ -79,16 +87,18 @@ def load_generated(directory: Path, data: Data) -> list[Example]:
 def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example:
     """One row as an Example. Raises ValueError, naming `where`, for a row of no known form."""
     generated = None
-    if pairs and not {"real", "generated"} <= row.keys():
-        raise ValueError(f'{where}: pairs need the columns "real" and "generated", found {_columns(row)}')
+    columns = next((names for names in PAIRS if row.keys() >= set(names)), None)
+    if pairs and not columns:
+        known = " or ".join(f'"{first}" and "{second}"' for first, second in PAIRS)
+        raise ValueError(f"{where}: pairs need the columns {known}, found {_columns(row)}")
     if data.prompt_column and not pairs:
         prompt, real = _texts(row, data.prompt_column, data.response_column, where)
-    elif "real" in row and "generated" in row:
-        prompt, real = _turns(row["real"], f'{where}: "real"', data.turns)
+    elif columns:
+        prompt, real = _response(row, columns[0], data, where)
         if pairs:
-            other, generated = _turns(row["generated"], f'{where}: "generated"', data.turns)
+            other, generated = _response(row, columns[1], data, where)
             if other != prompt:
-                raise ValueError(f'{where}: "real" and "generated" answer different prompts')
+                raise ValueError(f'{where}: "{columns[0]}" and "{columns[1]}" answer different prompts')
     elif "messages" in row:
         prompt, real = _turns(row["messages"], f'{where}: "messages"', data.turns)
     elif "prompt" in row and "response" in row:
@@ -96,7 +106,8 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
     else:
         raise ValueError(
             f'{where}: found the columns {_columns(row)}, none of the known forms ("messages"; "real" and '
-            '"generated"; "prompt" and "response"); set data.prompt_column and data.response_column'
+            '"generated"; "chosen" and "rejected"; "prompt" and "response"); set data.prompt_column and '
+            "data.response_column"
         )
     if data.empty_system and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": ""}, *prompt)
@@ -113,12 +124,17 @@ def real_only(examples: Iterable[Example]) -> list[Example]:
 
 
 def choose(examples: list[Example], data: Data) -> list[Example]:
-    """A seeded sample of data.num_prompts examples; all of them, in file order, if that is 0."""
-    if data.num_prompts > len(examples):
-        raise ValueError(
-            f"data.num_prompts = {data.num_prompts}, but {data.path} has {len(examples)} examples"
-        )
-    return random.Random(data.seed).sample(examples, data.num_prompts) if data.num_prompts else examples
+    """The first data.num_prompts examples of one seeded order: a larger sample contains a smaller one.
+
+    All of them, in file order, if that is 0 or their number.
+    """
+    count = len(examples)
+    if data.num_prompts > count:
+        raise ValueError(f"data.num_prompts = {data.num_prompts}, but {data.path} has {count} examples")
+    if data.num_prompts in (0, count):
+        return examples
+    # A sample of everything: the order of a smaller one would depend on its size.
+    return random.Random(data.seed).sample(examples, count)[: data.num_prompts]
 
 
 def tokenize(
@@ -207,6 +223,18 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
                 yield f"{file}:{number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
+
+
+def _response(row: dict, column: str, data: Data, where: str) -> tuple[tuple[Message, ...], str]:
+    """Prompt and response of one column of a pair."""
+    messages, prompt = row[column], row.get("prompt")
+    if column in PAIRS[0]:
+        return _turns(messages, f'{where}: "{column}"', data.turns)
+    if isinstance(messages, str):
+        return _texts(row, "prompt", column, where)
+    if isinstance(messages, list) and isinstance(prompt, list):
+        messages = [*prompt, *messages]
+    return _turns(messages, f'{where}: "{column}"', "last")
 
 
 def _turns(messages, where: str, which: str) -> tuple[tuple[Message, ...], str]:

@@ -5,14 +5,16 @@ runs/<recipe>/iter<N>/
     generated/                      stage generate: pairs of real and generated responses
     opponent_logps.safetensors      stage score: log p_θt of both responses of every pair
     checkpoints/, metrics.jsonl     stage train
-    model/                          stage export: a Hugging Face checkpoint
+    model/                          stage export: a Hugging Face checkpoint; epoch<E>/ has the others
     evaluation/                     stage evaluate
+    stages.jsonl                    seconds of generate, score and train
 
 A stage's result is complete or absent, and a stage whose result exists is skipped. Iteration -1 is the base
 model, trained by SFT on data.path into runs/<recipe>/base/, for recipes that have no model.base.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +24,10 @@ from safetensors.torch import save
 from model.mistral import Mistral
 from spin.config import Config
 from spin.data import digest, real_only, tokenize
-from spin.engine.checkpoint import export
+from spin.engine.checkpoint import export, exports
 from spin.engine.distributed import Ranks, sharded_model
 from spin.engine.files import write_whole
+from spin.engine.metrics import timed
 from spin.engine.prepare import Prepared, claim_directory, earlier_pairs
 from spin.engine.recipe import recorded
 from spin.engine.stages import check_record
@@ -41,14 +44,17 @@ def run_iteration(prepared: Prepared, ranks: Ranks, last_stage: str = "export") 
     n, config, part, directory = prepared.n, prepared.config, prepared.part, prepared.directory
     replayed = earlier_pairs(prepared)
     inputs = ranks.from_first(lambda: claim_directory(prepared, replayed))
-    if last_stage == "export" and ranks.from_first((directory / "model").is_dir):
+    models = exports(part)
+    missing = ranks.from_first(lambda: [name for name in models if not (directory / name).is_dir()])
+    if last_stage == "export" and not missing:
         log.info("%s: finished, nothing to do", directory)
         return
 
     examples, tokenizer = prepared.examples, prepared.tokenizer
     if prepared.generates:
         record = recorded(config, ("generate",)) | {key: inputs[key] for key in ("opponent", "data")}
-        generate_pairs(config, n, examples, tokenizer, record, directory / "generated", ranks)
+        with timed(directory, "generate", ranks.first):
+            generate_pairs(config, n, examples, tokenizer, record, directory / "generated", ranks)
         ranks.release_memory()  # of the sampler's model, before the policy is loaded
         examples = read_pairs(directory / "generated", record, config.data)
     if last_stage == "generate":
@@ -61,16 +67,18 @@ def run_iteration(prepared: Prepared, ranks: Ranks, last_stage: str = "export") 
     truncated = "".join(f", {count} {what}" for what, count in counts.items() if count)
     summary = f"{len(items)} examples, {len(replayed)} of them replayed{truncated}"
     log.info("%s: %s", directory, summary)
-    dtype, checkpointing = getattr(torch, part.dtype), part.activation_checkpointing
+    compute, checkpointing = getattr(torch, part.dtype), part.activation_checkpointing
     attention, source = config.model.attention, prepared.source
-    policy = sharded_model(source, ranks, dtype, checkpointing, part.seed, attention, part.compile)
+    policy = sharded_model(source, ranks, compute, checkpointing, part.seed, attention, part.compile)
     logps = opponent_logps(prepared, policy, items, digest(examples), ranks) if prepared.spin else None
-    train(part, policy, items, logps, directory, ranks)
-
-    card = ranks.from_first(lambda: model_card(config, n, prepared.architecture, directory, inputs, summary))
-    dtype = getattr(torch, config.model.save_dtype)
-    export(policy, directory / "model", prepared.tokenizer_path, dtype, card, ranks)
-    log.info("%s: exported", directory / "model")
+    about, dtype = (prepared.architecture, directory, inputs, summary), config.model.save_dtype
+    for name in missing:
+        until = replace(part, epochs=models[name], schedule_epochs=part.schedule_epochs or part.epochs)
+        with timed(directory, "train", ranks.first):
+            train(until, policy, items, logps, directory, ranks)
+        card = ranks.from_first(lambda: model_card(config, n, *about))
+        export(policy, directory / name, prepared.tokenizer_path, getattr(torch, dtype), card, ranks)
+        log.info("%s: exported", directory / name)
     del policy
     ranks.release_memory()
 
@@ -85,7 +93,8 @@ def opponent_logps(
     file = prepared.directory / "opponent_logps.safetensors"
     if not ranks.from_first(file.is_file):
         part = prepared.config.train
-        result = score(policy, items, part.token_budget, part.logit_chunk, ranks)
+        with timed(prepared.directory, "score", ranks.first):
+            result = score(policy, items, part.token_budget, part.logit_chunk, ranks)
         if not result.isfinite().all():
             raise ValueError(f"{prepared.source}: log-probs are not finite; are the weights damaged?")
         if ranks.first:
@@ -101,9 +110,11 @@ def opponent_logps(
 
 
 def evaluate_model(config: Config, n: int, ranks: Ranks) -> None:
-    """Stage evaluate of an iteration's model, -1 for the base, on the recipe's tasks."""
+    """Stage evaluate of an iteration's models, -1 for the base, on the recipe's tasks."""
     if config.evaluates:
         from spin.evaluation.runner import evaluate
 
         directory = config.iteration_dir(n) if n >= 0 else Path(config.run.dir) / "base"
         evaluate(config, config.model_dir(n), directory / "evaluation", ranks)
+        for model in sorted(directory.glob("epoch*/model")):
+            evaluate(config, model, model.with_name("evaluation"), ranks)

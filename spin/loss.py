@@ -27,6 +27,8 @@ def spin_loss(
     """Loss of each pair (B,): ℓ(β·margin); β is the paper's λ.
 
     margin = log(p_θ(y|x) / p_θt(y|x)) − log(p_θ(y'|x) / p_θt(y'|x))
+
+    With fixed pairs (data.pairs), logistic is DPO (arXiv 2305.18290), the starting model its reference.
     """
     if kind not in LOSSES:
         raise ValueError(f"kind = {kind!r} is not one of {', '.join(LOSSES)}")

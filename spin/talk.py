@@ -1,10 +1,12 @@
-"""Ask models questions: one model's answer as it is sampled, or the answers of several side by side."""
+"""Ask models questions: one model's answer as it is sampled, those of several side by side or as Markdown."""
 
+import difflib
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +16,10 @@ from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config
 from spin.engine.distributed import this_device
+from spin.engine.files import write_whole
 from spin.engine.prepare import open_model
 from spin.engine.recipe import Recipe
+from spin.report.markdown import escaped
 
 NARROWEST = 24  # characters; narrower columns are replaced by answers one below the other
 
@@ -32,7 +36,8 @@ class Speaker:
     def answer(self, question: str) -> Iterator[str]:
         """The answer's text in pieces. Questions are independent of each other, as in the training data."""
         settings, template = self.config.generate, self.config.train.template
-        prompt = self.tokenizer.encode_prompt([{"role": "user", "content": question}], template)
+        system = [{"role": "system", "content": ""}] * self.config.data.empty_system
+        prompt = self.tokenizer.encode_prompt([*system, {"role": "user", "content": question}], template)
         most = self.model.config.max_position_embeddings - settings.max_new_tokens
         if not 0 < len(prompt) <= most:
             raise ValueError(f"the question has {len(prompt)} tokens; {self.name} takes 1 to {most}")
@@ -79,11 +84,24 @@ def models(
     return found
 
 
-def ask_once(found: Sequence[tuple[str, Path, Config]], question: str) -> None:
-    """Answer one question, with one model in memory at a time."""
-    if not question.strip():
+def ask(found: Sequence[tuple[str, Path, Config]], questions: Sequence[str], file: Path | None) -> None:
+    """Answer questions, with one model in memory at a time; with `file`, into a Markdown file."""
+    if not all(question.strip() for question in questions):
         raise ValueError("--prompt is empty")
-    _respond((Speaker(*model) for model in found), len(found), question)
+    answers: dict[str, dict[str, str]] = {question: {} for question in questions}
+    for model in found:
+        speaker = Speaker(*model)
+        if len(found) == 1 and not file:
+            for question in questions:
+                _respond([speaker], question)
+            return
+        for question, texts in answers.items():
+            texts[speaker.name] = "".join(speaker.answer(question))
+        del speaker  # frees its model before the next one is loaded
+    if file:
+        write_whole(file, as_markdown(answers))
+    width = shutil.get_terminal_size().columns
+    sys.stdout.write("\n\n".join(side_by_side(texts, width) for texts in answers.values()) + "\n")
 
 
 def interact(found: Sequence[tuple[str, Path, Config]]) -> None:
@@ -105,24 +123,21 @@ def interact(found: Sequence[tuple[str, Path, Config]]) -> None:
         if not prompt:
             sys.stdout.write(f"> {line}\n")  # shows which answer belongs to which question
         try:
-            _respond(speakers, len(speakers), line)
+            _respond(speakers, line)
         except ValueError as error:
             sys.stdout.write(f"error: {error}\n")
 
 
-def _respond(speakers: Iterable[Speaker], count: int, question: str) -> None:
+def _respond(speakers: Sequence[Speaker], question: str) -> None:
     """Print one model's answer as it comes, those of several side by side, as wide as the terminal."""
-    answers = {}
-    for speaker in speakers:
-        if count == 1:
-            for piece in speaker.answer(question):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            return
-        answers[speaker.name] = "".join(speaker.answer(question))
-        del speaker  # frees its model before the next one is loaded
-    sys.stdout.write(side_by_side(answers, shutil.get_terminal_size().columns) + "\n")
+    if len(speakers) > 1:
+        answers = {speaker.name: "".join(speaker.answer(question)) for speaker in speakers}
+        sys.stdout.write(side_by_side(answers, shutil.get_terminal_size().columns) + "\n")
+        return
+    for piece in speakers[0].answer(question):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
@@ -137,3 +152,27 @@ def side_by_side(texts: dict[str, str], width: int) -> str:
     height = max(map(len, columns))
     padded = [[*lines, *[""] * (height - len(lines))] for lines in columns]
     return "\n".join(" | ".join(piece.ljust(column) for piece in row).rstrip() for row in zip(*padded))
+
+
+def as_markdown(answers: dict[str, dict[str, str]]) -> str:
+    """{question: {model: its answer}}, with the words that differ from the answer above in bold."""
+    parts = []
+    for question, texts in answers.items():
+        parts.append(f"**Prompt.** {marked(question, question)}")
+        before = next(iter(texts.values()))
+        for name, text in texts.items():
+            parts.append(f"*{escaped(name)}:* {marked(before, text)}")
+            before = text
+        parts.append("---")
+    return "\n\n".join([*parts, "Bold: words that differ from the answer above."]) + "\n"
+
+
+def marked(before: str, text: str) -> str:
+    """`text` as one escaped paragraph, its lines kept, with the words that differ from `before` in bold."""
+    old, new = (re.findall(r"\S+|\n+", side.strip()) for side in (before, text))
+    parts = []
+    for what, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        words = " ".join("<br>" if word.isspace() else escaped(word) for word in new[start:end])
+        if words:
+            parts.append(words if what == "equal" else f"**{words}**")
+    return " ".join(parts)

@@ -67,6 +67,9 @@ def train(
     optimizer = make_optimizer(part, model.parameters())
     checkpoints = Checkpoints(directory / "checkpoints", part.keep_checkpoints, model, optimizer, ranks)
     start = checkpoints.restore()
+    if start > schedule.stop:
+        past = f"trained to step {start} already, past epochs = {part.epochs:g}"
+        raise ValueError(f"{directory}: {past}; remove its checkpoints/ to train again")
     steps = ([used[i] for i in schedule.batch(step)] for step in range(start, schedule.stop))
     with (
         Log(directory, start, part) if ranks.first else nullcontext() as log,

@@ -16,7 +16,7 @@ import torch
 from model.attention import BACKENDS, Decoding, Segments, attend, attend_cached, choose_backend, unavailable
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.mistral import Mistral
+from model.mistral import Mistral, fp32_logits
 from model.sampler import generate
 from spin.packing import Item, pack, response_logps
 from tests.helpers import random_ids, small_model
@@ -429,3 +429,13 @@ def test_on_a_gpu_a_model_in_bf16_is_the_same_model_in_fp32_on_the_cpu_within_ro
     assert choose_backend("auto", GPU, torch.bfloat16, 64) != "sdpa"
     ours = response_logps(model.to(GPU, torch.bfloat16), pack(items).to(GPU)).detach().cpu()
     assert error(ours, expected) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_logits_of_bf16_are_not_rounded_to_bf16():
+    x, weight = (torch.randn(n, 256, device=GPU, dtype=torch.bfloat16) for n in (64, 4096))
+    with torch.no_grad():
+        logits = fp32_logits(x, weight)
+    expected = x.double() @ weight.double().T
+    assert logits.dtype == torch.float32 and error(logits, expected) < 1e-5

@@ -43,6 +43,7 @@ def test_command_line_wins_over_iteration_over_recipe_over_default(tmp_path):
         ("[train]\nloss = 'sigmoid'", None, "train.loss = 'sigmoid' is not one of logistic"),
         ("[train]\nwarmup = 1.5", None, "train.warmup"),
         ("[train]\nepochs = 3\nschedule_epochs = 2", None, "train.schedule_epochs = 2.0 ends before"),
+        ("[train]\ncontinue_to = 3", None, "train.schedule_epochs = 0.0 ends before train.continue_to = 3.0"),
         ("[data]\nmax_prompt_length = 2000", None, "leaves no room"),
         ("[generate]\ntop_p = 0.0", None, "top_p = 0.0"),
         ("[iteration]\ntrain.lr = 1.0", None, "iterations are tables, written \\[\\[iteration\\]\\]"),

@@ -9,10 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from spin.config import Data
-from spin.data import choose, encode_prompts, load_examples, load_generated, tokenize
-from tests.helpers import ROOT, write_jsonl
+from spin.data import Example, choose, encode_prompts, load_examples, load_generated, parse_row, tokenize
+from tests.helpers import ROOT, metrics, run_script, write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+HM = ANSWER | {"content": "hm"}
 SYSTEM = {"role": "system", "content": "be kind"}
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -27,8 +28,15 @@ def load(path, pairs=False, **settings):
         ({"messages": [USER, ANSWER, {"role": "user", "content": "more"}, ANSWER | {"content": "no"}]}, {}),
         ({"messages": [USER, ANSWER], "prompt": "hi", "prompt_id": "7"}, {}),  # UltraChat200k's columns
         ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": ""}]}, {}),
-        ({"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": "hm"}]}, {"pairs": True}),
+        ({"real": [USER, ANSWER], "generated": [USER, HM]}, {"pairs": True}),
         ({"prompt": "hi", "response": "ho"}, {}),
+        (  # ultrafeedback_binarized's columns
+            {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, HM], "messages": [USER, ANSWER]},
+            {"pairs": True},
+        ),
+        ({"prompt": "hi", "chosen": "ho", "rejected": "hm", "score_chosen": 8.5}, {"pairs": True}),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [HM]}, {"pairs": True}),  # TRL's explicit prompt
+        ({"prompt": "hi", "chosen": "ho", "rejected": "hm"}, {}),
         (
             {"question": "hi", "answer": "ho", "id": 3},
             dict(prompt_column="question", response_column="answer"),
@@ -67,6 +75,23 @@ def test_the_last_assistant_turn_is_the_response_on_request(tmp_path):
     assert load(tmp_path)[0].prompt == (SYSTEM, USER)
 
 
+def test_preferences_compare_the_last_turns_of_a_conversation(tmp_path):
+    talk = [USER, ANSWER, {"role": "user", "content": "more"}]
+    write_jsonl(tmp_path / "d.jsonl", [{"chosen": [*talk, ANSWER], "rejected": [*talk, HM]}])
+    (pair,) = load(tmp_path, pairs=True)
+    assert (pair.prompt, pair.real, pair.generated) == (tuple(talk), "ho", "hm")
+
+
+def test_repeated_prompts_are_counted_in_the_log(tmp_path, caplog):
+    rows = [{"prompt": prompt, "response": "r"} for prompt in "abacaa"]
+    caplog.set_level("INFO", "spin")
+    load(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert "d.jsonl: 3 of 6 prompts repeat an earlier one" in caplog.text
+    caplog.clear()
+    load(write_jsonl(tmp_path / "e.jsonl", rows[:2]))
+    assert not caplog.text
+
+
 def test_a_directory_and_a_pattern_are_read_in_the_order_of_names(tmp_path):
     for name in "cab":
         write_jsonl(tmp_path / f"part-{name}.jsonl", [{"prompt": name, "response": "r"}])
@@ -103,14 +128,23 @@ def test_a_bad_line_is_refused_with_file_and_line(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
-    "generated, message",
+    "row, message",
     [
-        ([USER, ANSWER | {"content": " "}], 'empty "generated"'),
-        ([USER | {"content": "other"}, ANSWER], "different prompts"),
+        (
+            {"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": " "}]},
+            "empty second response",
+        ),
+        ({"real": [USER, ANSWER], "generated": [SYSTEM, USER, ANSWER]}, "different prompts"),
+        ({"chosen": [USER, ANSWER], "rejected": [SYSTEM, USER, ANSWER]}, '"rejected" answer different prom'),
+        ({"chosen": "a", "rejected": "b"}, "no column 'prompt', found 'chosen', 'rejected'"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "'prompt' must be a text, not list"),
+        ({"prompt": "hi", "chosen": [ANSWER], "rejected": [HM]}, '"chosen" has a turn of .assistant. where'),
+        ({"prompt": [USER], "chosen": ["a"], "rejected": ["b"]}, '"chosen" has a message without role'),
+        ({"prompt": [USER], "chosen": None, "rejected": [HM]}, '"chosen" must be a list'),
     ],
 )
-def test_a_bad_pair_is_refused_with_file_and_line(tmp_path, generated, message):
-    write_jsonl(tmp_path / "d.jsonl", [{"real": [USER, ANSWER], "generated": generated}])
+def test_a_bad_pair_is_refused_with_file_and_line(tmp_path, row, message):
+    write_jsonl(tmp_path / "d.jsonl", [row])
     with pytest.raises(ValueError, match=f"d.jsonl:1.*{message}"):
         load(tmp_path / "d.jsonl", pairs=True)
 
@@ -159,14 +193,20 @@ def test_missing_files_empty_files_and_missing_columns_are_refused(tmp_path):
 def test_the_sample_is_seeded_without_repeats_and_not_larger_than_the_data(tmp_path):
     rows = [{"prompt": str(i), "response": "r"} for i in range(50)]
     examples = load(write_jsonl(tmp_path / "d.jsonl", rows))
-    chosen = [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
-    assert chosen == [e.question for e in choose(examples, Data(num_prompts=20, seed=1))]
-    assert len(set(chosen)) == 20 and chosen != [
-        e.question for e in choose(examples, Data(num_prompts=20, seed=2))
-    ]
-    assert choose(examples, Data()) == examples
+    chosen = choose(examples, Data(num_prompts=20, seed=1))
+    assert chosen == choose(examples, Data(num_prompts=20, seed=1))
+    assert len({e.question for e in chosen}) == 20 and chosen != examples[:20]
+    assert chosen != choose(examples, Data(num_prompts=20, seed=2))
+    assert choose(examples, Data()) == choose(examples, Data(num_prompts=50)) == examples
     with pytest.raises(ValueError, match="num_prompts = 51.*50 examples"):
         choose(examples, Data(num_prompts=51, path="d"))
+
+
+def test_a_sample_begins_with_every_smaller_one_as_figure_5_needs():
+    # UltraChat200k has 207,865 examples, the paper's subsets 14k, 26k and 50k.
+    everything = list(range(207_865))
+    small, middle, large = (choose(everything, Data(num_prompts=n)) for n in (14_000, 26_000, 50_000))
+    assert large[:26_000] == middle and middle[:14_000] == small
 
 
 @pytest.mark.parametrize(
@@ -181,8 +221,6 @@ def test_the_sample_is_seeded_without_repeats_and_not_larger_than_the_data(tmp_p
     ],
 )
 def test_lengths_are_cut_as_in_the_official_code(letters, prompt, real, generated, kept):
-    from spin.data import Example
-
     text = "abcdefghijklmnopqrstuvwxyz" * 2
     example = Example(({"role": "user", "content": text[:prompt]},), text[:real], text[:generated])
     counts = Counter()
@@ -213,3 +251,25 @@ def test_released_pairs_and_gsm8k_questions_load():
     assert len(pairs) == 800 and all(pair.generated for pair in pairs)
     columns = dict(prompt_column="question", response_column="answer")
     assert len(load(SHARED / "gsm8k" / "train.jsonl", **columns)) == 7473
+
+
+def test_preference_pairs_train_like_the_same_pairs_in_the_released_form(recipe, tmp_path):
+    rows = [json.loads(line) for line in open(ROOT / "miniature/seed0/sft.jsonl")][:24]
+    examples = [parse_row(row, Data(), "") for row in rows]
+    pairs = [replace(e, generated=other.real) for e, other in zip(examples, examples[1:] + examples[:1])]
+    released = [pair.to_pair() for pair in pairs]
+    ultrafeedback = [
+        {"prompt": pair.question, "chosen": row["real"], "rejected": row["generated"], "score_chosen": 9.0}
+        for pair, row in zip(pairs, released)
+    ]
+    logs = []
+    for name, data in (("released", released), ("ultrafeedback", ultrafeedback)):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", data)
+        base = f"--model.base={ROOT}/miniature/seed0/base"
+        arguments = recipe(tmp_path / name, f"--data.pairs={file}", base, "--evaluate.heldout=")
+        run_script("train.py", *arguments, "--iter", "0")
+        logs.append(
+            [(row["loss"], row["margin"], row["grad_norm"]) for row in metrics(tmp_path / name / "iter0")]
+        )
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    assert logs[0][0][0] == pytest.approx(0.693147, abs=1e-5)

@@ -1,5 +1,6 @@
 """The evaluator's numbers against lm-evaluation-harness's own, run offline: every document of every task."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,17 @@ from tokenizers import processors
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
 from model.weights import save_model
-from spin.evaluation.documents import Question
+from spin.evaluation.documents import Question, chain_of_thought
 from spin.evaluation.scoring import Encoder, text_hash
-from spin.evaluation.tasks import BENCHMARKS, MMLU, MMLU_GROUPS, final_number, mmlu_groups
+from spin.evaluation.tasks import (
+    BENCHMARKS,
+    GROUPS,
+    MMLU,
+    MMLU_GROUPS,
+    final_number,
+    mmlu_groups,
+    stated_answer,
+)
 from tests.helpers import BYTE_LEVEL, END, FAMILIES, ROOT, START, odd_strings, run_script, small_config
 
 home = tempfile.TemporaryDirectory()  # where HOME cannot be written, and so that nothing is left in it
@@ -25,14 +34,15 @@ shared = pytest.mark.skipif(
     not (ROOT / "../shared/data/eval").is_dir(), reason="../shared/data/eval is not here"
 )
 pytestmark = pytest.mark.slow
-# What 0.4.0 does otherwise: no BOS, of which ARC and MMLU are examples, and the other three's own rules.
-PAPER_TASKS = ["arc_challenge", "winogrande", "truthfulqa_mc2", "gsm8k", "mmlu_anatomy"]
+BBH = GROUPS["bbh"]
+# What 0.4.0 does otherwise: no BOS, of which ARC and MMLU are examples, and the others' own rules.
+PAPER_TASKS = ["arc_challenge", "winogrande", "truthfulqa_mc2", "gsm8k", "mmlu_anatomy", *BBH]
 TASKS = [name for name in BENCHMARKS if not name.startswith("mmlu")] + [
     "mmlu_anatomy",
     "mmlu_sociology",
     "mmlu_virology",
 ]
-BYTE_LEVEL_TASKS = ["hellaswag", "bigbench_causal_judgment", *PAPER_TASKS]
+BYTE_LEVEL_TASKS = ["hellaswag", "openbookqa", "bigbench_causal_judgment", *PAPER_TASKS]
 
 
 # Tokenizers: Mistral's, which adds BOS; as SmolLM2's, which has one and adds none; as Qwen2's, without one;
@@ -47,8 +57,8 @@ KINDS: dict[str, tuple] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def asked(request, tmp_path_factory, mistral_tokenizer):
-    """A random model of 640 tokens' length, in which some contexts are cut, with its tokenizer; and
-    documents.
+    """A random model of 640 tokens' length, in which some contexts are cut, with its tokenizer; the same
+    with 2,048, of which BBH's answers need 1,024; and documents.
     """
     from benchmarks.harness import write_documents, write_tokenizer_json
 
@@ -74,6 +84,9 @@ def asked(request, tmp_path_factory, mistral_tokenizer):
         if weight.dim() > 1:  # wide enough that attention is far from uniform
             weight.data.mul_(0.3 / weight.data.std())
     save_model(model, folder / "model", torch.float32)
+    shutil.copytree(folder / "model", folder / "long")
+    settings = json.loads((folder / "model/config.json").read_text(encoding="utf-8"))
+    (folder / "long/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 2048}))
     write_documents(folder / "data")
     return folder
 
@@ -90,38 +103,23 @@ def both(request, asked):
             pytest.skip("with Mistral's tokenizer alone")
         # In a batch, <|im_end|> as a control token that is not EOS ends no response before all have ended.
         names, batch_size = BYTE_LEVEL_TASKS, 1
-    theirs = run_harness(
-        asked / "model",
-        names,
-        asked / "data",
-        asked / f"tasks{harness}",
-        paper,
-        limit=11,
-        batch_size=batch_size,
-    )
-    out = asked / f"out{harness}"
-    run_script("evaluate.py", *ours(asked, names, out, "--harness", harness, "--limit", "11"))
+    theirs, out = {"results": {}, "samples": {}}, asked / f"out{harness}"
+    for model, limit in (("model", 11), ("long", 4)):
+        part = [name for name in names if (name in BBH) == (model == "long")]
+        where = (asked / model, part, asked / "data")
+        found = run_harness(*where, asked / f"tasks{harness}", paper, limit, batch_size=batch_size)
+        theirs = {key: theirs[key] | found[key] for key in theirs}
+        run_script("evaluate.py", *ours(*where, out / model, "--harness", harness, "--limit", str(limit)))
     return harness, theirs, out
 
 
-def ours(asked, tasks, out, *more, data=None):
-    return [
-        "--model",
-        str(asked / "model"),
-        "--tasks",
-        ",".join(tasks),
-        "--data",
-        str(data or asked / "data"),
-        "--out",
-        str(out),
-        "--dtype",
-        "float32",
-        *more,
-    ]
+def ours(model, tasks, data, out, *more):
+    where = ["--model", str(model), "--data", str(data), "--out", str(out)]
+    return [*where, "--tasks", ",".join(tasks), "--dtype", "float32", *more]
 
 
 def rows(out: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in open(out / f"{name}.jsonl")]
+    return [json.loads(line) for line in open(next(out.rglob(f"{name}.jsonl")))]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -137,14 +135,15 @@ def test_every_documents_context_scores_prediction_and_metrics_are_the_harnesss(
     by_doc = {sample["doc_id"]: sample for sample in samples}
     for row in mine:
         arguments = [argument[:2] for argument in by_doc[row["doc"]]["arguments"]]
-        if name == "gsm8k":
+        if "text" in row:
             texts = [arguments[0][0]]
         else:  # contexts, then choices without the blank between
             texts = [context for context, _ in arguments] + [choice[1:] for _, choice in arguments]
         assert row["hash"] == text_hash(texts), (name, row["doc"])
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))["tasks"][name]
-    result = theirs["results"][name]
-    metrics = {"acc": "acc,none", "acc_norm": "acc_norm,none", "exact_match": "exact_match,strict-match"}
+    folder = "long" if name in BBH else "model"
+    summary = json.loads((out / folder / "summary.json").read_text(encoding="utf-8"))["tasks"][name]
+    result, filter = theirs["results"][name], "get-answer" if name in BBH else "strict-match"
+    metrics = {"acc": "acc,none", "acc_norm": "acc_norm,none", "exact_match": f"exact_match,{filter}"}
     metrics |= {"exact_match_flexible": "exact_match,flexible-extract"}
     compared = [metric for metric in metrics if metric in summary]
     assert compared and all(metrics[metric] in result for metric in compared)
@@ -170,7 +169,7 @@ def test_token_ids_and_cuts_are_the_harnesss(asked):
         task = BENCHMARKS[name]
         if task.max_new_tokens:
             continue
-        for _, before, question in task.documents(asked / "data", 6, task.few_shot):
+        for _, before, question in task.documents(asked / "data", 6, "0.4.13"):
             for text, choice in zip(question.texts, question.choices):
                 context, continuation = backend._encode_pair(before + text, " " + choice)
                 request, was_cut = encoder.request(before + text, " " + choice, 640, name)
@@ -227,6 +226,47 @@ def test_numbers_are_found_and_compared_as_the_harness_does(text, answer):
         assert row[f"exact_match{suffix}"] == same
 
 
+@pytest.mark.parametrize("target", ["Yes", "no", "valid", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Goal tending is part of basketball. So the answer is no.",
+        "so\nthe answer is Yes.\nthe answer is no.",
+        "the answer is valid",
+        "the answer is  valid . ",
+        "The answer is valid.",
+        "the answer is \nno.",
+        "the answer is .",
+        "the answer is",
+        "so the answer is the answer is no.",
+        "",
+    ],
+)
+def test_stated_answers_are_found_and_compared_as_the_harness_does(text, target):
+    import yaml
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    stock = Path(lm_eval.__file__).parent / "tasks/bbh/cot_fewshot/_cot_fewshot_template_yaml"
+    ((filter, _),) = [of["filter"] for of in yaml.safe_load(stock.read_text())["filter_list"]]
+    ((extracted,),) = RegexFilter(filter["regex_pattern"]).apply([[text]], [{}])
+    row = stated_answer(Question(("",), (target,)), text, "0.4.13")
+    assert row["prediction"] == extracted
+    assert row["exact_match"] == exact_match_hf_evaluate([extracted], [target])["exact_match"]
+
+
+def test_bbhs_texts_in_the_papers_harness_are_those_of_its_commit():
+    # SHA-256, the first digits, of description + doc_to_text of lm_eval/tasks/bbh/cot_fewshot/ at 46c79664.
+    for name, digest in (
+        ("causal_judgement", "6820203dea661f93"),
+        ("formal_fallacies", "9744788fb62c8396"),
+        ("sports_understanding", "838794f5f17d06fa"),
+    ):
+        task = BENCHMARKS[f"bbh_cot_fewshot_{name}"]
+        text = chain_of_thought(name, "0.4.0") + task.question({"input": "{{input}}", "target": ""}).texts[0]
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
 def test_mmlus_means_and_errors_are_the_harnesss():
     from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 
@@ -270,9 +310,9 @@ def test_real_documents_too(asked, tmp_path):
 
     data = (ROOT / "../shared/data/eval").resolve()
     names = [name for name, task in BENCHMARKS.items() if not task.source.missing(data)]
-    assert len(names) > 14
-    theirs = run_harness(asked / "model", names, data, tmp_path / "tasks", limit=2)
-    run_script("evaluate.py", *ours(asked, names, tmp_path / "out", "--limit", "2", data=data))
+    assert len(names) > 17
+    theirs = run_harness(asked / "long", names, data, tmp_path / "tasks", limit=2)
+    run_script("evaluate.py", *ours(asked / "long", names, data, tmp_path / "out", "--limit", "2"))
     for name in names:
         apart, differing = agree(name, rows(tmp_path / "out", name), theirs["samples"][name])
         assert apart < 1e-4 and differing == 0, name

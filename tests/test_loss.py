@@ -1,11 +1,13 @@
-"""The losses against hand calculations and the paper's theory."""
+"""The losses against hand calculations, the paper's theory and TRL's DPOTrainer."""
 
 import math
 
 import pytest
 import torch
 
-from spin.loss import LOSSES, initial_loss, spin_loss
+from spin.loss import LOSSES, initial_loss, spin_loss, spin_step
+from spin.packing import Item, identical_pairs, pack, response_logps
+from tests.helpers import pairs, reference, small_model
 
 
 def test_logistic_loss_of_a_pair_worked_by_hand():
@@ -93,3 +95,63 @@ def test_gradient_at_the_opponent_is_half_beta_times_the_sft_difference():
     logps = torch.zeros(4, 1, requires_grad=True)
     spin_loss(*logps, beta=0.1).sum().backward()
     torch.testing.assert_close(logps.grad[:2], torch.tensor([[-0.05], [0.05]]))
+
+
+EOS = 2
+
+
+def trl_trainer(items: list[Item], kind: str, beta: float, directory):
+    """DPOTrainer for these pairs, in fp32; its policy and its reference have other weights."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({"</s>" if i == EOS else f"t{i}": i for i in range(97)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="t0")
+
+    def row(item):  # DPOTrainer appends the EOS
+        texts = (item.prompt, *(response[:-1] for response in item.responses))
+        return dict(zip(("prompt", "chosen", "rejected"), ("".join(f" t{i}" for i in ids) for ids in texts)))
+
+    settings = DPOConfig(
+        str(directory),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        beta=beta,
+        loss_type=[{"logistic": "sigmoid"}.get(kind, kind)],
+    )
+    models_ = (reference(small_model(seed)) for seed in (0, 1))
+    data = Dataset.from_list([row(item) for item in items])
+    return DPOTrainer(*models_, settings, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "hinge"])
+def test_loss_and_gradients_on_fixed_pairs_are_those_of_trls_dpo(kind, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setenv("CI", "1")  # TRL then sends no telemetry
+    items = [Item(i.prompt, tuple([*response, EOS] for response in i.responses)) for i in pairs(8)]
+    assert len({len(item.prompt) for item in items}) > 4
+    trainer = trl_trainer(items, kind, 0.3, tmp_path)
+    rows = list(trainer.train_dataset)
+    assert [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows] == [
+        (item.prompt, *item.responses) for item in items
+    ]
+    expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    expected.backward()
+
+    policy, packed = small_model(0), pack(items)
+    with torch.no_grad():
+        opponent = response_logps(small_model(1), packed).view(-1, 2)
+    logps = response_logps(policy, packed)
+    loss, metrics = spin_step(logps, opponent, identical_pairs(items), len(items), 0.3, kind)
+    loss.backward()
+    assert metrics["margin"].abs() > 0.1  # policy and opponent differ
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    theirs = dict(trainer.model.named_parameters())
+    for name, weight in policy.named_parameters():
+        assert (weight.grad - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm(), name

@@ -136,6 +136,31 @@ def test_the_attention_backend_is_named_in_the_log(finished):
     assert output.count("attention: sdpa (cpu, torch.float32, head size 16)") == 1
 
 
+def test_models_along_a_run_are_those_that_shorter_runs_end_with(finished, recipe, tmp_path):
+    """And a finished iteration is trained for longer without generating, scoring or changing its model."""
+    base = f"--model.base={finished[0]}/base/model"
+    options = (base, "--train.schedule_epochs=3", "--evaluate.limit=4", "--iter", "0")
+
+    def run(name, *more):
+        return run_script("train.py", *recipe(tmp_path / name, *more), *options)
+
+    for epochs in (1, 2, 3):
+        run(str(epochs), f"--train.epochs={epochs}")
+    run("all", "--train.epochs=2", "--train.export_every=1")
+    iteration = tmp_path / "all/iter0"
+    before = {file: file.stat().st_mtime_ns for file in iteration.rglob("*.safetensors")}
+    before = {file: time for file, time in before.items() if "checkpoints" not in file.parts}
+    output = run("all", "--train.epochs=2", "--train.export_every=1", "--train.continue_to=3")
+    assert "generated: finished, nothing to do" in output
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    for epochs, name in {1: "epoch1/model", 2: "model", 3: "epoch3/model"}.items():
+        ours, plain = weights(iteration / name), weights(tmp_path / str(epochs) / "iter0/model")
+        assert all(torch.equal(ours[key], plain[key]) for key in plain)
+        assert (iteration / name).with_name("evaluation").joinpath("summary.json").is_file()
+    losses = ([row["loss"] for row in metrics(path)] for path in (iteration, tmp_path / "3/iter0"))
+    assert next(losses) == next(losses)
+
+
 def test_a_second_run_says_finished_and_changes_nothing(finished, recipe):
     run, _ = finished
     before = {file: file.stat().st_mtime_ns for file in run.glob("iter*/**/*") if file.is_file()}
@@ -500,6 +525,10 @@ def test_models_answer_a_prompt_as_the_sampler_does(finished, recipe):
     assert ask("--model", str(run / "iter1/model"), "--prompt", "bab") == answers["iteration 1"] + "\n"
     both = side_by_side(answers, 80) + "\n"
     assert ask("--iter", "base,1", "--prompt", "bab") == both
+    file = run / "answers.md"
+    assert ask("--iter", "base,1", "--prompt", "bab", "abba", "--markdown", str(file)).startswith(both)
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("**Prompt.** bab\n\n*base:* ") and "**Prompt.** abba\n\n*base:* " in text
     # An empty line is no question, and one that can't be asked does not end the conversation.
     output = ask("--iter", "base,1", "--interactive", typed="bab\n\n\udcff\nbab\n")
     assert output.startswith(f"> bab\n{both}> ") and output.endswith(f"> bab\n{both}")
@@ -514,6 +543,7 @@ def test_talking_refuses_what_it_cannot_answer_before_a_model_is_read(finished, 
         (["--iter", "base", "--prompt", "a" * 100_000], "the question has 100001 tokens; base takes 1 to"),
         (["--model", str(run)], "--model and several --iter need --prompt"),
         (["--iter", "0,1"], "several --iter need --prompt"),
+        (["--iter", "0", "--markdown", "x"], "--markdown FILE needs --prompt"),
         (["--iter", "base"], "several --iter need --prompt"),
     ):
         assert message in run_script("generate.py", *recipe(run), *arguments, fails=True)

@@ -22,7 +22,7 @@ OUTSIDE = {
     "pyarrow",
     "matplotlib",
 }
-OUTSIDE |= {"flash_attn"}  # requirements-gpu.txt
+OUTSIDE |= {"flash_attn", "wandb"}  # requirements-gpu.txt; train.wandb
 ALLOWED = {"model": {"model"}, "spin": {"model", "spin"}, "scripts": {"model", "spin"}}
 
 

@@ -168,14 +168,24 @@ class Checkpoints:
             shutil.rmtree(partial)
 
 
+def exports(part: Optimization) -> dict[str, float]:
+    """An iteration's models, in order, with the epochs after which each is exported."""
+    last, every = max(part.epochs, part.continue_to), part.export_every
+    ends = {round(i * every, 6) for i in range(1, int(last / every + 1e-6) + 1)} if every else set()
+    ends |= {part.epochs, last}
+    return {"model" if end == part.epochs else f"epoch{end:g}/model": end for end in sorted(ends)}
+
+
 def bytes_to_write(directory: Path, architecture: ModelConfig, model: Model, part: Optimization) -> int:
-    """Bytes that training in `directory` and the export will write: 0 if it has been exported."""
-    if (directory / "model").is_dir():
+    """Bytes that training in `directory` and the exports will write: 0 if all have been exported."""
+    missing = sum(not (directory / name).is_dir() for name in exports(part))
+    if not missing:
         return 0
     with torch.device("meta"):
         count = sum(weight.numel() for weight in Mistral(architecture).parameters())
     checkpoints = max(0, part.keep_checkpoints + 1 - len(_complete(directory / "checkpoints")))
-    return count * (checkpoints * (4 + state_bytes(part)) + getattr(torch, model.save_dtype).itemsize)
+    exported = missing * getattr(torch, model.save_dtype).itemsize
+    return count * (checkpoints * (4 + state_bytes(part)) + exported)
 
 
 def check_room(directory: Path, needed: int) -> None:

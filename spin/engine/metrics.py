@@ -1,6 +1,8 @@
-"""metrics.jsonl, and TensorBoard events or a Weights & Biases run where the recipe asks for them."""
+"""metrics.jsonl, stages.jsonl; TensorBoard events, a Weights & Biases run where the recipe asks for them."""
 
 import importlib.util
+import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,3 +81,30 @@ class Log:
 def read_log(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl, also while it is being written; none if it doesn't exist."""
     return [row for _, row in read_jsonl(path, "step", whole_lines=True)] if path.is_file() else []
+
+
+@contextmanager
+def timed(directory: Path, stage: str, first: bool):
+    """Log a stage's start and, also after an error, its seconds to <directory>/stages.jsonl."""
+
+    def log(**row) -> None:
+        if first:
+            with open(directory / "stages.jsonl", "ab", opener=no_link) as file:
+                file.write(to_jsonl([{"stage": stage} | row]).encode())
+
+    began = time.perf_counter()
+    log(started=time.time())
+    try:
+        yield
+    finally:
+        log(seconds=time.perf_counter() - began)
+
+
+def stage_seconds(directory: Path) -> dict[str, tuple[float, int]]:
+    """{stage: (seconds, number of starts that have no end)} from what `timed` logged."""
+    file = directory / "stages.jsonl"
+    spent: dict[str, tuple[float, int]] = {}
+    for _, row in read_jsonl(file, whole_lines=True) if file.is_file() else ():
+        seconds, unfinished = spent.get(row["stage"], (0.0, 0))
+        spent[row["stage"]] = seconds + row.get("seconds", 0.0), unfinished + (-1 if "seconds" in row else 1)
+    return spent

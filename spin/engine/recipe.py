@@ -36,7 +36,7 @@ _CHOICES = {  # by key, in every section
 _POSITIVE = {"max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget"}
 _POSITIVE |= {"logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every"}
 _NOT_NEGATIVE = {"shard_size", "num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs"}
-_NOT_NEGATIVE |= {"beta", "replay", "heldout_pairs", "limit"}
+_NOT_NEGATIVE |= {"beta", "replay", "heldout_pairs", "limit", "export_every", "continue_to"}
 
 
 class Recipe:
@@ -123,10 +123,12 @@ def _check_combinations(config: Config) -> None:
                 f'{name}.compile and {name}.activation_checkpointing = "selective" exclude each other; '
                 'compiled, "none" keeps about as little'
             )
-        if 0 < part.schedule_epochs < part.epochs:
-            raise ValueError(
-                f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.epochs = {part.epochs}"
-            )
+        for key in ("epochs", "continue_to"):
+            if getattr(part, key) > (part.schedule_epochs or part.epochs):
+                raise ValueError(
+                    f"{name}.schedule_epochs = {part.schedule_epochs} ends before {name}.{key} = "
+                    f"{getattr(part, key)}: the learning rate would be 0"
+                )
 
 
 def flat(config: Config) -> dict[str, Any]:

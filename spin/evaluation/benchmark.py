@@ -16,11 +16,9 @@ from spin.evaluation.task import CHARACTERS_PER_TOKEN, LoadedModel, Task
 
 def load_benchmark(benchmark: Benchmark, data: Path, limit: int, harness: str) -> Task:
     """A benchmark as a task. Raises FileNotFoundError with the download command, or ValueError."""
-    # That version dropped Winogrande's examples.
-    few_shot = 0 if benchmark.name == "winogrande" and harness == "0.4.0" else benchmark.few_shot
-    documents = benchmark.documents(data, limit, few_shot)
-    splits = [benchmark.source.split] + [benchmark.source.examples] * bool(few_shot)
-    files = sorted({file for split in splits for file in benchmark.source.files(data, split)})
+    few_shot, documents = benchmark.shots(harness), benchmark.documents(data, limit, harness)
+    splits = [benchmark.source.split, benchmark.source.examples if few_shot else ""]
+    files = sorted({file for split in filter(None, splits) for file in benchmark.source.files(data, split)})
     digests = {str(file.relative_to(data)): file_digest(file) for file in files}
     generated = benchmark.max_new_tokens
     return Task(

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from spin.data import read_rows
 
 FEW_SHOT_SEED = 1234  # lm-evaluation-harness's own
+# BIG-Bench Hard's own prompts, unchanged: cot-prompts/ of github.com/suzgunmirac/BIG-Bench-Hard (MIT).
+BBH_PROMPTS = Path(__file__).parent / "bbh"
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ class Benchmark:
     first: bool = False  # the examples are the first of their split instead of drawn at random
     spare: bool = False  # one more example is drawn, so that the document itself can be left out
     description: str = ""
+    prompt: str = ""  # of BBH_PROMPTS: a description with solved examples
     max_new_tokens: int = 0  # of a generated answer; 0: choices are scored
     stops: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by harness: strings that end an answer
 
-    def documents(self, data: Path, limit: int, few_shot: int) -> list[Document]:
+    def shots(self, harness: str) -> int:
+        """Few-shot examples of a document. 0.4.0 dropped Winogrande's."""
+        return 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot
+
+    def documents(self, data: Path, limit: int, harness: str) -> list[Document]:
         """The first `limit` documents, 0 for all.
 
         Raises FileNotFoundError with the download command, or ValueError with file and row for a bad one.
@@ -107,12 +114,15 @@ class Benchmark:
         if self.name.startswith("bigbench"):
             rows = [(where, row) for where, row in rows if row.get("multiple_choice_targets") != []]
         rows = rows[: limit or None]
-        contexts = [self.description] * len(rows)
-        if few_shot:
+        before, few_shot = self.description, self.shots(harness)
+        if self.prompt:
+            before = chain_of_thought(self.prompt, harness)
+        contexts = [before] * len(rows)
+        if few_shot and self.source.examples:
             pool = self.source.rows(data, self.source.examples)
             solved = [self._read(where, row).solved for where, row in pool]
             chosen = draw_examples(rows, pool, few_shot, self.first, self.spare)
-            contexts = [self.description + "".join(solved[i] for i in places) for places in chosen]
+            contexts = [before + "".join(solved[i] for i in places) for places in chosen]
         return [
             Document(where, context, self._read(where, row)) for (where, row), context in zip(rows, contexts)
         ]
@@ -127,6 +137,14 @@ class Benchmark:
             raise ValueError(f"{where}: no {error}, found {found}; is it {self.source.repository}?") from None
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def chain_of_thought(name: str, harness: str) -> str:
+    """The text before a question of BBH: what the task is, and three questions with reasoned answers."""
+    text = (BBH_PROMPTS / f"{name}.txt").read_text(encoding="utf-8").split("-----\n", 1)[1]  # after a notice
+    if harness != "0.4.0":  # begins all answers on a new line, which one file doesn't
+        text = text.replace("step by step. ", "step by step.\n")
+    return text + "\n\n"
 
 
 def draw_examples(rows: Sequence, pool: Sequence, count: int, first=False, spare=False) -> list[list[int]]:

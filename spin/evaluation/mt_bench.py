@@ -25,6 +25,8 @@ URL = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge
 MAX_NEW_TOKENS = 1024
 # FastChat's temperatures by category; 0.7 for all others.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+CATEGORY_OF = {81 + i: CATEGORIES[i // 10] for i in range(80)}  # by FastChat's question_id
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0)
 
 
@@ -91,7 +93,7 @@ def _summarise(rows: Sequence[dict]) -> dict:
 
 
 def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
-    """{model_id: {"turn 1", "turn 2", "average": mean score}} from the judge's file in `directory`.
+    """{model_id: {"turn 1", "turn 2", "average", category: mean score}} from the judge's file in `directory`.
 
     Judgments without a score (-1) are left out, as in FastChat's show_result.py.
     """
@@ -100,9 +102,11 @@ def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
         raise ValueError(f"{directory}: {len(files)} files; one judge's judgments are needed")
     scores: dict[str, dict[str, list[float]]] = {}
     for where, row in (line for file in files for line in read_jsonl(file)):
-        if not {"model", "score", "turn"} <= row.keys():
-            raise ValueError(f"{where}: a judgment needs model, turn and score, as in single-answer grading")
+        if not {"model", "question_id", "score", "turn"} <= row.keys():
+            raise ValueError(
+                f"{where}: a judgment needs model, question_id, turn and score, as FastChat's have"
+            )
         if row["score"] != -1:
-            for key in (f"turn {row['turn']}", "average"):
+            for key in filter(None, (f"turn {row['turn']}", "average", CATEGORY_OF.get(row["question_id"]))):
                 scores.setdefault(row["model"], {}).setdefault(key, []).append(row["score"])
     return {model: {key: mean(values) for key, values in of.items()} for model, of in scores.items()}

@@ -100,6 +100,10 @@ def _gsm8k(row: dict) -> Question:
     return Question((f"Question: {row['question']}\nAnswer:",), (row["answer"],))
 
 
+def _bbh(row: dict) -> Question:
+    return Question((f"Q: {row['input']}\nA: Let's think step by step.\n",), (row["target"],))
+
+
 # Metrics: functions of a question, its scores or its generated text, and the harness.
 
 
@@ -137,15 +141,26 @@ def final_number(question: Question, text: str, harness: str) -> dict:
     def same(prediction: str) -> int:
         return int(_bare_number(prediction, harness) == _bare_number(answer, harness))
 
-    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    strict = found[1] if found else "[invalid]"
-    row = {"text": text, "prediction": strict, "target": answer.split("#### ")[-1]}
+    strict = _first_match(r"#### (\-?[0-9\.\,]+)", text)
+    row: dict = {"text": text, "prediction": strict, "target": answer.split("#### ")[-1]}
     row["exact_match"] = same(strict)
     if harness == "0.4.0":
         return row  # has no flexible match
     numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     last = next(filter(None, numbers[-1])).strip() if numbers else "[invalid]"
     return row | {"prediction_flexible": last, "exact_match_flexible": same(last)}
+
+
+def stated_answer(question: Question, text: str, harness: str) -> dict:
+    """BBH's exact match: of the line after the first "the answer is ", without its last character."""
+    prediction, target = _first_match(r"(?<=the answer is )(.*)(?=.)", text), question.choices[0]
+    row = {"text": text, "prediction": prediction, "target": target}
+    return row | {"exact_match": int(prediction == target)}
+
+
+def _first_match(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1].strip() if found else "[invalid]"
 
 
 def _bare_number(text: str, harness: str) -> str:
@@ -178,15 +193,22 @@ _ARC = Source("allenai/ai2_arc", "ARC-Challenge", "test", "train")
 _TRUTHFULQA = Source("truthfulqa/truthful_qa", "multiple_choice", "validation")
 _WINOGRANDE = Source("allenai/winogrande", "winogrande_xl", "validation", "train")
 _HELLASWAG = Source("Rowan/hellaswag", "data", "validation", "train")
-_OPENBOOKQA = Source("allenai/openbookqa", "main", "test")
+_OPENBOOKQA = Source("allenai/openbookqa", "main", "test", "train")
 _GSM8K = Source("openai/gsm8k", "main", "test", "train")
 _MC1, _MC2 = partial(_truthfulqa, "mc1_targets"), partial(_truthfulqa, "mc2_targets")
+_BBH_STOPS = dict.fromkeys(HARNESSES, ("</s>", "Q", "\n\n"))
 _GSM8K_STOPS = {"0.4.13": ("Question:", "</s>", "<|im_end|>"), "0.4.0": ("\n\n", "Question:")}
 
 
 def _bigbench_task(name: str) -> Benchmark:
     source = Source("hails/bigbench", f"{name}_zero_shot", "default")
     return Benchmark(f"bigbench_{name}", source, _bigbench, accuracy)
+
+
+def _bbh_task(name: str) -> Benchmark:
+    task, source = f"bbh_cot_fewshot_{name}", Source("SaylorTwift/bbh", name, "test")
+    of_all = partial(Benchmark, question=_bbh, measure=stated_answer, few_shot=3)
+    return of_all(task, source, prompt=name, max_new_tokens=1024, stops=_BBH_STOPS)
 
 
 def _mmlu_task(subject: str) -> Benchmark:
@@ -203,17 +225,19 @@ _TABLE = [
     Benchmark("truthfulqa_mc2", _TRUTHFULQA, _MC2, probability_of_truth),
     Benchmark("winogrande", _WINOGRANDE, _winogrande, accuracy, 5, spare=True),
     Benchmark("hellaswag", _HELLASWAG, _hellaswag, normalised_accuracy, 10, spare=True),
-    Benchmark("openbookqa", _OPENBOOKQA, _openbookqa, normalised_accuracy),
+    Benchmark("openbookqa", _OPENBOOKQA, _openbookqa, normalised_accuracy, 1),
     _bigbench_task("causal_judgment"),
     _bigbench_task("sports_understanding"),
     _bigbench_task("formal_fallacies_syllogisms_negation"),
     *map(_mmlu_task, MMLU),
     Benchmark("gsm8k", _GSM8K, _gsm8k, final_number, 5, max_new_tokens=256, stops=_GSM8K_STOPS),
+    *map(_bbh_task, ("causal_judgement", "formal_fallacies", "sports_understanding")),
 ]
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 GROUPS = {
     "mmlu": ["mmlu"],  # the subjects with data
     "bigbench": [name for name in BENCHMARKS if name.startswith("bigbench")],
+    "bbh": [name for name in BENCHMARKS if name.startswith("bbh")],  # the paper's three
 }
 # GSM8K last: what takes long comes after what fails soon.
 GROUPS["leaderboard"] = ["arc_challenge", "truthfulqa_mc2", "winogrande", "hellaswag", "mmlu", "gsm8k"]

@@ -1,10 +1,12 @@
 """How figures look: Okabe and Ito's colors for the color-blind; line styles, markers, hatches for print."""
 
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from spin.engine.files import write_whole
+from spin.report.results import by_number, shown
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
@@ -28,6 +30,22 @@ def curve(axes, x: Iterable, y: Iterable, place: int, **settings) -> None:
     axes.errorbar(list(x), list(y), **{"capsize": 3} | style | settings)
 
 
+def by_iteration(axes, lines: Mapping[str, Mapping]) -> None:
+    """Draw {run: {step: (value, error)}}: a curve over the iterations; a horizontal line for the step ""."""
+    steps = sorted({step for points in lines.values() for step in points} - {""}, key=by_number)
+    for place, (name, points) in enumerate(lines.items()):
+        known = {step: point for step, point in points.items() if not math.isnan(point[0])}
+        apart = 0.02 * (place - (len(lines) - 1) / 2)  # so that no error bar hides another one
+        if "" in known:
+            color, style = COLORS[place % len(COLORS)], LINES[place % len(LINES)]
+            axes.axhline(known[""][0], color=color, linestyle=style, label=name)
+        elif known:
+            means, errors = zip(*known.values())
+            curve(axes, [steps.index(step) + apart for step in known], means, place, yerr=errors, label=name)
+    axes.set_xticks(range(len(steps)), [shown(step).split()[step != "base"] for step in steps])
+    axes.set_xlabel("iteration")
+
+
 def label(axes, x: float, y: float, text: str, offset: int, **settings) -> None:
     """Write a small text, `offset` points above a point."""
     axes.annotate(text, (x, y), (0, offset), textcoords="offset points", ha="center", fontsize=8, **settings)
@@ -40,7 +58,24 @@ def finish(axes, title: str, ylabel: str = "") -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False)
+        axes.legend(edgecolor="none", framealpha=0.8)
+
+
+def radar(
+    path: Path, rows: Mapping[str, Sequence], names: Sequence[str], title: str, low: float, high=None
+) -> str:
+    """Draw {label: values} around a circle, an axis for each name; for the rest see `save`."""
+    figure, ((axes,),) = subplots(size=(6.4, 5.6), subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    for place, (name, row) in enumerate(rows.items()):
+        curve(axes, [*angles, 0], [*row, row[0]], place, label=name)
+    axes.set_xticks(angles, names)
+    axes.tick_params(axis="x", pad=14)
+    axes.set_rlabel_position(180 / len(names))  # between two axes
+    axes.set_ylim(low, high)
+    axes.set_title(title, fontsize=11, pad=22)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.08, 1.08))
+    return save(figure, path, title)
 
 
 def save(figure, path: Path, what: str) -> str:

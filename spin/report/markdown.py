@@ -1,6 +1,5 @@
-"""Tables, numbers and marked differences in Markdown."""
+"""Tables and numbers in Markdown."""
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -18,20 +17,9 @@ def number(value: float, error: float = math.nan, form: str = ".2f") -> str:
     """A cell with a value ± its standard error, each omitted if it is NaN."""
     if math.isnan(value):
         return ""
-    return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form}}"
+    return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
 def escaped(text: str) -> str:
     """A text from data with its Markdown and HTML escaped."""
     return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", text)
-
-
-def marked(before: str, text: str) -> str:
-    """`text` as one escaped paragraph, with the words that differ from `before` in bold."""
-    old, new = before.split(), text.split()
-    parts = []
-    for what, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        words = escaped(" ".join(new[start:end]))
-        if words:
-            parts.append(words if what == "equal" else f"**{words}**")
-    return " ".join(parts)

@@ -1,174 +1,189 @@
-"""A run's report: tables and figures from the results so far, also during the run.
-
-A run in <run>/control (the same recipe with --train.objective=sft) is compared with it.
-"""
+"""The report of a run, or of several next to one another: tables and figures from the results so far."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
 
-from spin.config import Config, Data
-from spin.data import load_generated
+import numpy as np
+
 from spin.engine.files import read_jsonl, write_whole
-from spin.engine.metrics import read_log
-from spin.engine.recipe import flat, read_config
+from spin.engine.metrics import read_log, stage_seconds
+from spin.evaluation.compare import compare
 from spin.loss import initial_loss
-from spin.report.figures import THIN, curve, finish, save, subplots
-from spin.report.leaderboard import benchmarks, models, results, section, shown
-from spin.report.markdown import escaped, markdown, marked, number
+from spin.report.figures import THIN, by_iteration, curve, finish, save, subplots
+from spin.report.leaderboard import section
+from spin.report.markdown import escaped, markdown, number
+from spin.report.results import (
+    Model,
+    by_run,
+    directories,
+    errors,
+    evaluated,
+    evaluations,
+    having,
+    scores,
+    setting,
+    shown,
+    spread,
+    values,
+    with_others,
+)
 
 SHOWN_PROMPTS = 10
-SHOWN_SAMPLES = 3
 METRICS = {
     "exact_match_sampled": "right when sampled",
     "exact_match": "right when greedy",
     "logp": "log p(right answer), nats",
 }
+COLUMNS = [("heldout", metric) for metric in METRICS]
 PANELS = {
-    "loss, by iteration": ("loss",),
-    "accuracy: real told from generated": ("accuracy",),
-    "margin, nats (before β)": ("margin",),
+    "loss, by iteration": ("loss", "heldout_loss"),
+    "accuracy: real told from generated": ("accuracy", "heldout_accuracy"),
+    "margin, nats (before β)": ("margin", "heldout_margin"),
     "reward: β · log-ratio to the opponent": ("reward_real", "reward_generated"),
     "log p(response), nats": ("logps_real", "logps_generated"),
     "gradient norm": ("grad_norm",),
 }
+STAGES = ("generate", "score", "train")
+PAPER_HOURS = {"generate": (1.45, 1.45, 1.45, 1.45), "train": (4.32, 8.64, 8.64, 8.64)}  # table 2
 
 
-def write_report(run: Path, show: Sequence[str] = ()) -> Path:
-    """Write <run>/report.md and its figures; returns the report's path. For `show` see `samples`."""
-    parts = [f"# {run}", *section(run)]
-    if found := evaluations(run):
-        documents = next(iter(found.values()))["documents"]
-        note = f"Means over {documents} held-out prompts, with standard errors."
-        parts += ["## Held-out answers", table(run), note, plot_accuracy(run)]
+def write_report(run: Path) -> Path:
+    """Write <run>/report.md and its figures, with its control and what beside/ has; returns its path."""
+    return write_reports(with_others([run]), run)
+
+
+def write_reports(named: dict[str, list[Path]], out: Path) -> Path:
+    """Write report.md and its figures to `out`, of runs and evaluations by name; returns the report's path.
+
+    Training is the first run's.
+    """
+    models, run = evaluated(named), next(iter(named.values()))[0]
+    parts = [f"# {run}"]
+    if sum(map(len, named.values())) > 1:
+        runs = [f"- {name}: {', '.join(map(str, paths))}" for name, paths in named.items()]
+        parts = ["# " + escaped(", ".join(named)), escaped("\n".join(runs))]
+    parts += section(models, out)
+    if found := having(models, ["heldout"]):
+        note = f"Means over {found[0].tasks[0]['heldout']['documents']} held-out prompts ± {errors(found)}."
+        parts += ["## Held-out answers", heldout_table(found), note, plot_accuracy(models, out)]
+    parts += compared(models)
     if metrics(run):
-        parts += ["## Training", training_table(run), plot_training(run)]
+        parts += ["## Training", training_table(run), plot_training(run, out)]
     if found:
-        parts += ["## What each iteration answers", answers(run)]
-    if generated(run):
-        parts += ["## What each opponent wrote", samples(run, show)]
-    write_whole(run / "report.md", "\n\n".join(parts) + "\n")
-    return run / "report.md"
+        parts += ["## What each model answers", answers(found)]
+    write_whole(out / "report.md", "\n\n".join(parts) + "\n")
+    return out / "report.md"
 
 
-def asked_report(run: Path, show: Sequence[str] = ()) -> Path:
-    """`write_report` of a run that has results; raises ValueError if it has none."""
-    if not (metrics(run) or evaluations(run) or benchmarks(run) or generated(run)):
-        raise ValueError(f"{run}: no steps of self-play, no pairs and no evaluation yet")
-    return write_report(run, show)
-
-
-def evaluations(run: Path) -> dict[str, dict]:
-    """{model: its held-out metrics}, of the models that have been evaluated."""
-    found = {name: results(directory / "evaluation") for name, directory in models(run).items()}
-    return {name: tasks["heldout"] for name, tasks in found.items() if "heldout" in tasks}
+def check_results(path: Path) -> None:
+    """Raise ValueError or FileNotFoundError unless a directory has something to report."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory of a run or an evaluation")
+    if not (evaluations(path) or metrics(path)):
+        raise ValueError(f"{path}: no steps of self-play and no evaluation yet")
 
 
 def metrics(run: Path) -> dict[str, list[dict]]:
     """{iteration: its steps so far}, of self-play."""
-    logs = {name: read_log(directory / "metrics.jsonl") for name, directory in models(run).items()}
-    return {name: steps for name, steps in logs.items() if name != "base" and steps and "margin" in steps[0]}
+    logs = {step: read_log(directory / "metrics.jsonl") for step, directory in directories(run).items()}
+    return {step: rows for step, rows in logs.items() if step != "base" and rows and "margin" in rows[0]}
 
 
-def table(run: Path) -> str:
-    """Markdown: held-out metrics of the run's models, then of the control's iterations."""
+def heldout_table(models: Sequence[Model]) -> str:
+    """Markdown: held-out metrics, and with seeds the first run's lead on others; empty without results."""
+    found = having(models, ["heldout"])
     rows = [["model", *METRICS.values()]]
-    for prefix, directory in (("", run), ("control, SFT: ", run / "control")):
-        for name, values in evaluations(directory).items():
-            if not (prefix and name == "base"):
-                cells = [number(values[key], values[f"{key}_stderr"], ".3f") for key in METRICS]
-                rows.append([prefix + shown(name), *cells])
-    return markdown(rows)
+    rows += [[m.name, *_cells(values(m, COLUMNS), ".3f")] for m in found]
+    first = {model.step: model for model in found if model.run == found[0].run}
+    for model in found:
+        other = first.get(model.step, model)
+        if other is not model and len(other.tasks) == len(model.tasks) > 1:
+            differences = values(other, COLUMNS) - values(model, COLUMNS)
+            rows.append([f"{other.run} − {model.run}: {shown(model.step)}", *_cells(differences, "+.3f")])
+    return markdown(rows) if found else ""
+
+
+def _cells(by_seed: np.ndarray, form: str) -> list[str]:
+    return [number(value, error, form) for value, error in spread(by_seed)[:-1]]
+
+
+def compared(models: Sequence[Model]) -> list[str]:
+    """Paired comparisons of the last models: the first run's with each other's, unless there are seeds."""
+    parts: list[str] = []
+    last = [*{model.run: model for model in models}.values()]
+    for first, other in product(last[:1], last[1:]):
+        if len(first.tasks) == len(other.tasks) == 1:
+            try:
+                text = compare(other.directories[0], first.directories[0])
+            except (ValueError, OSError) as error:
+                text = f"Not compared: {escaped(str(error))}"
+            parts += [f"## {escaped(first.name)} compared with {escaped(other.name)}", text]
+    return parts
 
 
 def training_table(run: Path) -> str:
-    """Markdown: for each iteration the first loss, and means over the last tenth of the steps."""
+    """Markdown: each iteration's first loss, its metrics over the last tenth of the steps, and its hours."""
     keys = ("loss", "accuracy", "margin", "reward_real", "reward_generated")
-    rows = [["iteration", "steps", "loss at step 1", *(key.replace("_", " ") for key in keys)]]
-    for name, steps in metrics(run).items():
+    paper = PAPER_HOURS if setting(run, "run.paper") else {}
+    head = ["iteration", "steps", "loss at step 1", *(key.replace("_", " ") for key in keys)]
+    head += [f"{stage}, hours" for stage in STAGES] + [f"the paper: {stage}" for stage in paper]
+    logs, rows = metrics(run), [head]
+    for n, directory in enumerate([*directories(run).values()][1:]):
+        steps, spent = logs.get(f"iteration {n}", []), stage_seconds(directory)
         last = steps[-max(1, len(steps) // 10) :]
-        means = [number(fmean(step[key] for step in last), form=".3f") for key in keys]
-        rows.append([name.removeprefix("iteration "), str(len(steps)), f"{steps[0]['loss']:.4f}", *means])
-    note = "Means over the last tenth of the steps."
-    if _setting(run, "train.loss") == "logistic":
+        means = [number(fmean(step[key] for step in last), form=".3f") if last else "" for key in keys]
+        hours = ["≥ " * (spent[s][1] > 0) + f"{spent[s][0] / 3600:.3g}" if s in spent else "" for s in STAGES]
+        first = f"{steps[0]['loss']:.4f}" if steps else ""
+        rows.append(
+            [str(n), str(len(steps)), first, *means, *hours, *(str(of[min(n, 3)]) for of in paper.values())]
+        )
+    note = (
+        "Metrics: means over the last tenth of the steps. Hours: ≥ where a process was killed or is at work."
+    )
+    if setting(run, "train.loss") == "logistic":
         note += f" The logistic loss starts at log 2 = {initial_loss('logistic'):.4f}."
+    note += " The paper's hours are those of 8 A100; its training includes scoring." * bool(paper)
     return f"{markdown(rows)}\n\n{note}"
 
 
-def answers(run: Path) -> str:
-    """Markdown: the first held-out prompts, with each model's sampled answer."""
-    documents = {}
-    for name in evaluations(run):
-        documents[name] = [row for _, row in read_jsonl(models(run)[name] / "evaluation/heldout.jsonl")]
-    rows = [["prompt", "right answer", *map(shown, documents)]]
-    for texts in list(zip(*documents.values()))[:SHOWN_PROMPTS]:
-        sampled = [escaped(row["sampled"].strip()) + " ✓" * bool(row["exact_match_sampled"]) for row in texts]
-        rows.append([escaped(texts[0]["prompt"]), escaped(texts[0]["target"]), *sampled])
-    return f"{markdown(rows)}\n\nSampled answers to the first held-out prompts, ✓ where right."
+def answers(models: Sequence[Model]) -> str:
+    """Markdown: sampled answers to the first prompts, of the first run's models and of the others' last."""
+    last = {model.run: model for model in models}
+    rows: dict[str, list[dict]] = {}
+    for model in (model for model in models if model.run == models[0].run or model is last[model.run]):
+        if (file := model.directories[0] / "heldout.jsonl").is_file():
+            rows[model.name] = [row for _, row in islice(read_jsonl(file), SHOWN_PROMPTS)]
+    first = next(iter(rows.values()), [])
+    asked = [row["prompt"] for row in first]
+    rows = {name: of for name, of in rows.items() if [row["prompt"] for row in of] == asked}
+    table = [["prompt", "right answer", *rows]]
+    for row, *of in zip(first, *rows.values()):
+        texts = [escaped(r["sampled"].strip()) + " ✓" * bool(r["exact_match_sampled"]) for r in of]
+        table.append([escaped(row["prompt"]), escaped(row["target"]), *texts])
+    return f"{markdown(table)}\n\nSampled answers to the first held-out prompts, ✓ where right."
 
 
-def generated(run: Path) -> dict[str, dict[str, str]]:
-    """{"data": {prompt: real response}, opponent: {prompt: its response}, …}; empty without pairs."""
-    found: dict[str, dict[str, str]] = {}
-    for (opponent, _), (_, directory) in pairwise(models(run).items()):
-        if (directory / "generated").is_dir():
-            pairs = load_generated(directory / "generated", Data(turns="last"))
-            found.setdefault("data", {}).update((pair.question, pair.real) for pair in pairs)
-            found[opponent] = {pair.question: pair.generated or "" for pair in pairs}
-    return found
+def plot_accuracy(models: Sequence[Model], out: Path) -> str:
+    """accuracy.png: right answers by iteration, sampled and greedy, of each run."""
+    figure, grid = subplots(1, 2, (10, 4.2), sharey=True)
+    for column, (axes, title) in enumerate(zip(grid[0], METRICS.values())):
+        by_iteration(axes, by_run(models, scores(models, COLUMNS)[:, column]))
+        finish(axes, f"Held-out answers, {title}", "" if column else "share")
+    figure.suptitle(f"Bars: {errors(models)}.", fontsize=9)
+    return save(figure, out / "accuracy.png", "accuracy by iteration")
 
 
-def samples(run: Path, show: Sequence[str] = ()) -> str:
-    """Markdown: prompts that every opponent answered, the first or those of `show`, with all responses.
-
-    Words that differ from the response above are bold. Raises ValueError if no prompt contains a text.
-    """
-    texts = generated(run)
-    common = [prompt for prompt in texts["data"] if all(prompt in written for written in texts.values())]
-    for text in show:
-        if not any(text in prompt for prompt in common):
-            raise ValueError(f"{run}: no prompt that every opponent answered contains {text!r}")
-    chosen = [prompt for text in show for prompt in common if text in prompt] if show else common
-    parts = []
-    for prompt in chosen[: max(SHOWN_SAMPLES, len(show))]:
-        parts.append(f"**Prompt.** {marked(prompt, prompt)}")
-        before = texts["data"][prompt]
-        for name, written in texts.items():
-            parts.append(f"*{shown(name)}:* {marked(before, written[prompt])}")
-            before = written[prompt]
-        parts.append("---")
-    return "\n\n".join([*parts, "Bold: words that differ from the response above."])
-
-
-def plot_accuracy(run: Path) -> str:
-    """accuracy.png: right answers by iteration, sampled and greedy, with the control."""
-    figure, ((axes,),) = subplots()
-    names, found = list(models(run)), evaluations(run)
-    control = {name: values for name, values in evaluations(run / "control").items() if name in names}
-    if control and "base" in found:  # the control starts from the same base
-        control = {"base": found["base"]} | control
-    own = "SPIN" if _setting(run, "train.objective") == "spin" else "continued SFT"
-    dashed = {"linestyle": "--", "markerfacecolor": "white"}
-    for who, rows, style in ((own, found, {"linestyle": "-"}), ("continued SFT", control, dashed)):
-        for place, (what, key) in enumerate((("sampled", "exact_match_sampled"), ("greedy", "exact_match"))):
-            values, errors = ([row[name] for row in rows.values()] for name in (key, f"{key}_stderr"))
-            if rows:
-                x = map(names.index, rows)
-                curve(axes, x, values, place, yerr=errors, label=f"{who}, {what}", **style)
-    axes.set_xticks(range(len(names)), map(shown, names))
-    finish(axes, "Held-out accuracy by iteration (bars: one standard error)", "share of right answers")
-    return save(figure, run / "accuracy.png", "accuracy by iteration")
-
-
-def plot_training(run: Path) -> str:
+def plot_training(run: Path, out: Path) -> str:
     """training.png: the metrics of PANELS over the steps of all iterations."""
     figure, grid = subplots(2, 3, (12, 6.4), sharex=True)
-    grid[0, 0].axhline(initial_loss(_setting(run, "train.loss")), **THIN)
+    grid[0, 0].axhline(initial_loss(setting(run, "train.loss")), **THIN)
     start = 0
     for name, steps in metrics(run).items():
-        number = name.removeprefix("iteration ")
-        grid[0, 0].annotate(number, (start + 1, 0.03), xycoords=("data", "axes fraction"), fontsize=9)
+        grid[0, 0].annotate(
+            name.split()[1], (start + 1, 0.03), xycoords=("data", "axes fraction"), fontsize=9
+        )
         for axes, keys in zip(grid.flat, PANELS.values()):
             axes.axvline(start + 0.5, linestyle=":", **THIN)
             for place, key in enumerate(keys):
@@ -176,26 +191,19 @@ def plot_training(run: Path) -> str:
         start += len(steps)
     for axes, title in zip(grid.flat, PANELS):
         finish(axes, title)
-    for axes in grid[1]:
-        axes.set_xlabel("step, over all iterations")
-    return save(figure, run / "training.png", "training curves")
+        axes.set_xlabel("step, over all iterations" * (axes in grid[1]))
+    return save(figure, out / "training.png", "training curves")
 
 
 def _plot_metric(axes, steps: list[dict], key: str, place: int, start: int) -> None:
-    """Draw an iteration's metric after `start` steps: raw, as a running mean over 5%, on held-out pairs."""
-    x = [start + step["step"] for step in steps]
-    values = [step[key] for step in steps]
-    half = max(1, len(values) // 40)
-    means = [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    heldout = {i: step[f"heldout_{key}"] for i, step in zip(x, steps) if f"heldout_{key}" in step}
-    curve(axes, x, values, place, marker="", linestyle="-", alpha=0.25, linewidth=0.8)
-    curve(axes, x, means, place, marker="", label=None if start else key.split("_")[-1])
-    if heldout:
-        style = {"marker": "o", "markersize": 3, "linestyle": "-", "label": None if start else "held out"}
-        curve(axes, heldout, heldout.values(), place + 1, **style)
-
-
-def _setting(run: Path, name: str):
-    """A setting that the run's first iteration recorded, or its default."""
-    files = sorted(run.glob("iter*/config.toml"))
-    return (read_config(files[0]) if files else flat(Config()))[name]
+    """Draw an iteration's metric after `start` steps: raw, and as a running mean over 5% of them."""
+    x = [start + step["step"] for step in steps if key in step]
+    y = [step[key] for step in steps if key in step]
+    label = None if start else key.replace("_", " ")
+    if key.startswith("heldout") and x:
+        curve(axes, x, y, place, markersize=3, label=label)
+    elif x:
+        half = max(1, len(y) // 40)
+        means = [fmean(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+        curve(axes, x, y, place, marker="", linestyle="-", alpha=0.25, linewidth=0.8)
+        curve(axes, x, means, place, marker="", label=label)
