@@ -105,8 +105,6 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     for used in parts:
         dtype = getattr(torch, used.dtype)
         choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
-        if getattr(used, "template", "") == "model":
-            tokenizer.encode_prompt([{"role": "user", "content": "Hi"}], "model")
     dropped: Counter = Counter()
     if before is None or before.config.data != config.data or (before.n < 0 and config.data.pairs):
         examples = own_examples(config, n, dropped)
@@ -114,7 +112,7 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
         dropped = before.dropped
         examples = choose(before.examples, config.data) if before.n < 0 else before.examples
     if any(getattr(used, "template", "") == "model" for used in parts):
-        # It may refuse other roles: try the first example of each sequence of roles.
+        # The template may be missing or refuse some roles: try the first example of each sequence of roles.
         kinds = {tuple(turn["role"] for turn in example.prompt): example for example in reversed(examples)}
         encode_prompts(kinds.values(), tokenizer, "model", config.data, Counter())
 

@@ -25,9 +25,9 @@ URL = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge
 MAX_NEW_TOKENS = 1024
 # FastChat's temperatures by category; 0.7 for all others.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0)
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 CATEGORY_OF = {81 + i: CATEGORIES[i // 10] for i in range(80)}  # by FastChat's question_id
-TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0)
 
 
 def load_mt_bench(settings: Evaluate, data: Data, template: str) -> Task:
