@@ -3,6 +3,7 @@
 # make test       the tests
 # make miniature  the default recipe over five seeds: runs/miniature/report.md
 # make paper      the paper's figures in miniature: runs/paper/report.md
+# make variants   SPIN next to its variants in miniature: runs/variants/report.md (an hour)
 # make gsm8k      one iteration on real text (needs data/gsm8k, see configs/gsm8k.toml)
 # make smollm2    a real model of 135M parameters (see configs/smollm2-135m.toml; docs/smollm2.md)
 # make base       remake the miniature's base model
@@ -13,7 +14,7 @@ RUN := $(BIN)/torchrun --standalone
 # The miniature's steps are too small to be shared by threads.
 TINY := OMP_NUM_THREADS=1 $(RUN)
 
-.PHONY: demo check test miniature paper gsm8k smollm2 base clean
+.PHONY: demo check test miniature paper variants gsm8k smollm2 base clean
 
 demo: .venv/runtime
 	$(TINY) train.py --iter 0-3
@@ -35,6 +36,9 @@ miniature: .venv/runtime
 
 paper: .venv/runtime
 	$(BIN)/python -m miniature.paper --seeds 4 --out runs/paper
+
+variants: .venv/runtime
+	$(BIN)/python -m miniature.variants --seeds 5 --out runs/variants
 
 gsm8k: .venv/dev data/mistral/tokenizer.model
 	$(RUN) train.py --config configs/gsm8k.toml --iter 0

@@ -18,9 +18,9 @@ from spin.engine.recipe import Recipe
 from spin.evaluation.compare import compare
 from spin.evaluation.runner import OWN, evaluate, load_tasks
 from spin.iteration import evaluate_model
-from spin.report.leaderboard import leaderboard_table, results_table
+from spin.report.leaderboard import LEADERBOARD, details, table
 from spin.report.results import evaluated, with_others
-from spin.report.run import heldout_table, write_report
+from spin.report.run import HELDOUT, write_report
 
 SETTINGS = ("tasks", "data", "harness", "dtype", "limit")  # of [evaluate], with flags of their own
 
@@ -56,9 +56,9 @@ def evaluate_directory(config: Config, model: Path, out: Path) -> None:
     """Evaluate any model directory; print a table."""
     check(config, model)
     with ranks() as group, only_process(out, hold=group.first):
-        summary = evaluate(config, model, out.resolve(), group)
+        evaluate(config, model, out.resolve(), group)
         if group.first:
-            sys.stdout.write(results_table(summary, [task.name for task in load_tasks(config)]) + "\n")
+            sys.stdout.write(details(evaluated({model.name: [out]}), subjects=True) + "\n")
 
 
 def evaluate_run(recipe: Recipe, numbers: list[int]) -> None:
@@ -72,7 +72,7 @@ def evaluate_run(recipe: Recipe, numbers: list[int]) -> None:
             evaluate_model(config, n, group)
         if group.first:
             report, models = write_report(run), evaluated(with_others([run]))
-            tables = filter(None, (heldout_table(models), leaderboard_table(models)))
+            tables = filter(None, (table(models, HELDOUT, ".3f"), table(models, LEADERBOARD, average=True)))
             sys.stdout.write("\n" + "\n\n".join(tables) + f"\n\n{report}: the tables with their figures\n")
 
 

@@ -48,9 +48,9 @@ from spin.engine.distributed import Ranks, pretended_ranks, ranks, sharded_model
 from spin.engine.files import read_json, to_json, write_whole
 from spin.engine.recipe import build
 from spin.evaluation.tasks import BENCHMARKS
-from spin.opponent import score
 from spin.packing import Item, flops
 from spin.plan import Plan, filling
+from spin.reference import score
 from spin.trainer import train
 
 ROOT = Path(__file__).parent.parent

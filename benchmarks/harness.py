@@ -5,8 +5,7 @@ with.
 import json
 from pathlib import Path
 
-from spin.evaluation.documents import chain_of_thought
-from spin.evaluation.tasks import BENCHMARKS, GROUPS
+from spin.evaluation.tasks import BENCHMARKS, GROUPS, in_harness
 
 STOCK = {  # the harness's own task files; MMLU's, BBH's and BIG-bench's are found by their names
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -97,16 +96,16 @@ def write_tasks(names: list[str], data: Path, folder: Path, paper: bool = False)
 
 def paper_settings(name: str) -> dict:
     """What a task file of 0.4.0 has that differs."""
-    task = BENCHMARKS[name]
+    task = in_harness(name, "0.4.0")
     if task.prompt:  # the examples are a part of the text
-        return {"description": chain_of_thought(task.prompt, "0.4.0"), "fewshot_config": None}
+        return {"description": task.prompt(), "fewshot_config": None}
     if name != "gsm8k":
         return {}
     strict = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
     metric |= {"ignore_punctuation": False, "regexes_to_ignore": [",", "\\$", "(?s).*#### "]}
     return {
-        "generation_kwargs": {"until": list(task.stops["0.4.0"]), "do_sample": False, "temperature": 0.0},
+        "generation_kwargs": {"until": list(task.stops), "do_sample": False, "temperature": 0.0},
         "filter_list": [{"name": "strict-match", "filter": [strict, {"function": "take_first"}]}],
         "metric_list": [metric],
     }
@@ -141,8 +140,8 @@ def run_harness(
         )
     manager, results, samples = TaskManager(include_path=str(folder), include_defaults=False), {}, {}
     for name in names:
-        task = BENCHMARKS[name]
-        few_shot = 0 if paper and task.prompt else task.shots("0.4.0" if paper else "0.4.13")
+        task = in_harness(name, "0.4.0" if paper else "0.4.13")
+        few_shot = 0 if paper and task.prompt else task.few_shot
         got = evaluator.simple_evaluate(
             model,
             tasks=[f"own_{name}"],

@@ -31,7 +31,7 @@ from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole
 from spin.engine.recipe import build
 from spin.loss import spin_step
-from spin.packing import Item, flops, identical_pairs, micro_batches, pack, response_logps
+from spin.packing import Item, flops, micro_batches, pack, response_logps, response_places
 from spin.plan import Plan, norms_of_a_gpu
 from spin.trainer import backward, clip_gradient
 
@@ -128,11 +128,11 @@ def training(shape: Shape, rates: Rates, items: list[Item], budget: int, setting
         with plan.mode, norms_of_a_gpu():
             batches = micro_batches_of(shape, items, budget)
             for k, chosen in enumerate(batches, 1):
-                packed, opponent = pack(chosen), torch.zeros(len(chosen), 2)
+                packed, (same, lengths) = pack(chosen), response_places(chosen)
                 with Roofline(rates, seen=seen(packed.segments)) as now:
                     logps = response_logps(plan.model, packed, shape.chunk)
-                    part, identical = config.train, identical_pairs(chosen)
-                    loss, _ = spin_step(logps, opponent, identical, len(items), part.beta, part.loss)
+                    reference = torch.zeros(same.shape)
+                    loss, _ = spin_step(logps, reference, same, lengths, len(items), config.train)
                     backward(config.train, plan.model, loss, ranks, last=k == len(batches))
                 total.add(now)
             # DTensor learns the shapes, and would be charged for it

@@ -35,8 +35,8 @@ from model.mistral import Mistral
 from model.weights import save_model
 from spin.config import Train
 from spin.engine.distributed import ranks, sharded_model
-from spin.opponent import score
 from spin.packing import Item, flops
+from spin.reference import score
 from spin.trainer import Schedule, train
 
 SMALL_VOCABULARY = ModelConfig(

@@ -2,30 +2,22 @@
 
 import json
 import logging
-import math
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 log = logging.getLogger("model.config")
 _OFF: tuple = (None, False, "", [], {})  # False also stands for 0
-# Fields that change the computation. They must be absent or off.
+# Fields that change the computation of these families. They must be absent or off.
 _REFUSED = """
-    attention_bias attention_out_bias mlp_bias qkv_bias use_qkv_bias use_bias qk_norm use_qk_norm
-    qk_layernorm attention_dropout hidden_dropout resid_pdrop attention_multiplier query_pre_attn_scalar
-    attn_scale attn_temperature_tuning attn_logit_softcapping final_logit_softcapping clip_qkv scale_emb
-    scale_depth dim_model_base rope_interleave rope_interleaved no_rope_layers no_rope_layer_interval
-    sliding_window_pattern attention_chunk_size use_bidirectional_attention alibi parallel_attn
-    use_parallel_residual kv_lora_rank num_local_experts num_experts n_routed_experts quantization_config
+    attention_bias mlp_bias qk_norm attention_dropout num_local_experts num_experts quantization_config
     compression_config
 """.split()
-# Factors that must be absent or 1.
-_FACTORS = "partial_rotary_factor embedding_multiplier residual_multiplier logits_scaling logit_scale".split()
 # Not logged as unknown: fields that are checked below, and common ones that no forward pass uses.
 _QUIET = """
-    hidden_act rope_parameters rope_scaling layer_types max_window_layers use_sliding_window tokenizer_class
-    architectures dtype torch_dtype use_cache transformers_version pad_token_id pretraining_tp _name_or_path
-    is_llama_config
+    hidden_act rope_parameters rope_scaling partial_rotary_factor layer_types max_window_layers
+    use_sliding_window tokenizer_class architectures dtype torch_dtype use_cache transformers_version
+    pad_token_id pretraining_tp _name_or_path is_llama_config
 """.split()
 # Of each model_type: transformers' defaults for fields that config.json omits, and what the family adds.
 _FAMILIES: dict[str, dict] = {
@@ -74,13 +66,6 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3's: RMSNorm of each query and key head
 
     def __post_init__(self):
-        for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "sliding_window"):
-            value, limit = getattr(self, name), 4096 if name == "num_hidden_layers" else 2**31
-            if value is not None and not 0 < value < limit:
-                raise ValueError(f"{name} = {value} is not between 1 and {limit - 1}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} is not a positive number")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise ValueError(
@@ -96,7 +81,7 @@ class ModelConfig:
         Omitted fields have transformers' defaults for the model_type; without a model_type, this class's.
         Raises ValueError, naming file and field. Logs the names of unknown fields, once.
         """
-        known = {field.name: field.type for field in fields(cls)}
+        known = {field.name for field in fields(cls)}
         try:
             _check_supported(values)
             kind = values.get("model_type")
@@ -109,15 +94,13 @@ class ModelConfig:
             kept["rope_scaling"] = {name: rope[name] for name in _LLAMA3 if name in rope} or None
             if kind not in (None, "mistral"):
                 kept.pop("sliding_window", None)  # transformers ignores it there, by default
-            for name, value in kept.items():
-                _check_type(name, value, known[name])
             kept.setdefault("num_key_value_heads", kept["num_attention_heads"])
-            kept.setdefault("head_dim", kept["hidden_size"] // max(1, kept["num_attention_heads"]))
+            kept.setdefault("head_dim", kept["hidden_size"] // kept["num_attention_heads"])
             config = cls(**kept)
-            _check_windows(values, config.sliding_window, config.num_hidden_layers)
+            _check_windows(values, config)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        unknown = sorted(name for name in values.keys() - known - {*_QUIET, *_FACTORS} if values[name])
+        unknown = sorted(name for name in values.keys() - known - {*_QUIET} if values[name])
         if unknown:
             _log_unknown(where, ", ".join(unknown))
         return config
@@ -152,7 +135,7 @@ def read_object(file: Path) -> dict:
     """The JSON object in a file. Raises ValueError, naming the file, if there is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: not a JSON object")
@@ -168,47 +151,31 @@ def _check_supported(values: dict) -> None:
     """Raise ValueError, naming the field, for a model that would be computed wrongly."""
     _require(values, "model_type", (None, *_FAMILIES), ", ".join(map(repr, _FAMILIES)))
     _require(values, "hidden_act", (None, "silu"), "'silu'")
-    for field in _FACTORS:
-        _require(values, field, (None, 1), "1.0")
+    _require(values, "partial_rotary_factor", (None, 1), "1.0")
     for field in _REFUSED:
         _require(values, field, _OFF, "a model without it")
-    unscaled = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": None}
-    given = [field for field in ("rope_scaling", "rope_parameters") if values.get(field)]
-    for field in given:  # transformers 4 writes the former, 5 the latter
-        rope = values[field]
-        plain = isinstance(rope, dict) and {**rope, "rope_theta": None}.items() <= unscaled.items()
-        allowed = [rope] if len(given) == 1 and (plain or _is_llama3(rope)) else []
-        _require(values, field, allowed, "rotary embeddings without scaling or as Llama 3.1's, given once")
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 4 writes the former, 5 the latter
+        rope = values.get(field) or {}
+        scaling = {name for name in rope if (name, rope[name]) != ("partial_rotary_factor", 1.0)}
+        known = {"default": set(), "llama3": {*_LLAMA3}}.get(
+            rope.get("rope_type", rope.get("type", "default"))
+        )
+        if scaling - {"rope_type", "type", "rope_theta"} != known:
+            raise ValueError(f"{field} = {rope!r} is not supported, only no scaling, or as in Llama 3.1")
     missing = [field for field in _REQUIRED if values.get(field) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}; is this a language model's config.json?")
 
 
-def _is_llama3(rope) -> bool:
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "llama3":
-        return False
-    numbers = [rope.get(name) for name in _LLAMA3]
-    known = rope.keys() <= {*_LLAMA3, "rope_type", "type", "rope_theta"}
-    return known and all(isinstance(number, (int, float)) and 0 < number < 2**31 for number in numbers)
-
-
-def _check_windows(values: dict, window: int | None, layers: int) -> None:
+def _check_windows(values: dict, config: ModelConfig) -> None:
     """Raise ValueError for other fields that contradict `sliding_window`, which is one for all layers."""
-    kind, only = "full_attention" if window is None else "sliding_attention", f"sliding_window = {window}"
-    _require(values, "layer_types", (*_OFF, [kind] * layers), f"{kind!r} for all layers with {only}")
-    _require(values, "use_sliding_window", (None, window is not None), f"{window is not None} with {only}")
-    if window is not None:  # layers before this one would have none
-        _require(values, "max_window_layers", _OFF, f"0 with {only}")
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    only = f"with sliding_window = {config.sliding_window}"
+    _require(values, "layer_types", (*_OFF, [kind] * config.num_hidden_layers), f"{kind!r} in all {only}")
+    if config.sliding_window is None:
+        _require(values, "use_sliding_window", _OFF, f"False {only}")
 
 
 @cache  # a file's fields are logged once, however often it is read
 def _log_unknown(where: str, names: str) -> None:
     log.info("%s: unknown fields, ignored: %s", where, names)
-
-
-def _check_type(name: str, value, wanted) -> None:
-    """Raise ValueError unless `value` is of the type `wanted`; an int may stand for a float."""
-    if wanted is float and type(value) is int and abs(value) < 2**63:
-        return
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ValueError(f"{name} = {value!r} is not {getattr(wanted, '__name__', wanted)}")

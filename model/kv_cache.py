@@ -45,25 +45,6 @@ class KVCache:
         self.v[layer][slots, positions] = v
 
 
-class Prefix:
-    """Keys and values of a text that several streams continue, computed once.
-
-    The first forward pass with an empty prefix fills it with its own stream. In later passes, the stream's
-    `Segments.key_index` counts the P rows of the prefix first: key row P + t is the stream's row t.
-    """
-
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def before(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (P + T, K, D) of the prefix and the stream, from the stream's k, v (T, K, D)."""
-        if layer == len(self._layers):
-            self._layers.append((k, v))
-            return k, v
-        keys, values = self._layers[layer]
-        return torch.cat((keys, k)), torch.cat((values, v))
-
-
 def free_memory(device: torch.device) -> int:
     """Available bytes: of the GPU, torch's unused reserve included; or of the machine and its cgroup."""
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from model.attention import Decoding, Segments, attend, attend_cached, attention_ops, choose_backend
 from model.config import ModelConfig
-from model.kv_cache import KVCache, Prefix
+from model.kv_cache import KVCache
 
 RMSNorm = nn.RMSNorm  # arXiv 1910.07467; computes in fp32
 # Activation checkpointing: what the backward pass recomputes.
@@ -33,7 +33,6 @@ class Context:
     step: Decoding | None  # of the first N rows
     cache: KVCache | None
     slots: Tensor | None  # (T,)
-    prefix: Prefix | None
 
 
 class Mistral(nn.Module):
@@ -87,7 +86,6 @@ class Mistral(nn.Module):
         at: Tensor | None = None,
         targets: Tensor | None = None,
         chunk: int = 256,
-        prefix: Prefix | None = None,
     ) -> Tensor:
         """Logits (R, V), or with `targets` log p(target) (R,) in nats; both fp32.
 
@@ -100,13 +98,12 @@ class Mistral(nn.Module):
             slots: (T,) the cache slot that each token's key and value are written to
             at: (R,) rows to predict from; default: all
             targets: (R,) ids, for which logits are computed `chunk` rows at a time
-            prefix: keys and values that precede the stream
         """
         x = self.model["embed_tokens"](tokens)  # (T, E)
         rope = rotary_angles(positions, self.config)
         n = len(tokens) - (segments.q_offsets[-1] if segments is not None else 0)
         step = Decoding(positions[:n], cache.longest, cache.length) if cache is not None and n else None
-        context = Context(rope, self.backend(x), positions, segments, step, cache, slots, prefix)
+        context = Context(rope, self.backend(x), positions, segments, step, cache, slots)
         for block in self.model["layers"].children():
             x = block(x, context)
         if at is not None:
@@ -172,8 +169,6 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Attention of the decoding rows to the cache, and of the stream to itself: (T, H·D)."""
         step, cache = context.step, context.cache
-        if context.prefix is not None:
-            k, v = context.prefix.before(self.layer, k, v)
         parts = []
         if cache is not None:
             cache.write(self.layer, k, v, context.slots, context.positions)

@@ -6,7 +6,6 @@ Text in a message never becomes a control token.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -17,7 +16,6 @@ from model.config import read_object
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 BUILT_IN = ("zephyr", "instruction", "plain")
 TEMPLATES = ("model", *BUILT_IN)  # model: the model's own chat template
-_ROLES = ("system", "user", "assistant")
 MASK = "\ufdd0"  # a noncharacter; marks the name of a control token that occurs in a message
 
 
@@ -33,6 +31,8 @@ class SentencePiece:
         self.bos_id, self.eos_ids = self.model.bos_id(), [self.model.eos_id()]
         control = filter(self.model.is_control, range(self.vocab_size))
         self.special = {self.model.id_to_piece(id): id for id in control}
+        pieces = map(self.model.id_to_piece, range(self.vocab_size))
+        self.lone_newlines = not any("\n" in piece for piece in pieces if piece != "\n")
         config = file.parent / "tokenizer_config.json"
         self.adds_bos = not config.is_file() or read_object(config).get("add_bos_token") is not False
 
@@ -42,12 +42,11 @@ class SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
-    def pieces(self) -> Iterator[str]:
-        return map(self.model.id_to_piece, range(self.vocab_size))
-
 
 class HuggingFace:
     """A tokenizer.json; tokenizer_config.json and generation_config.json name its special tokens."""
+
+    lone_newlines = False  # byte-level BPE has tokens such as "?\n" and "\n\n"
 
     def __init__(self, file: Path):
         try:
@@ -59,9 +58,11 @@ class HuggingFace:
         self.model.encode_special_tokens = True  # "<|im_end|>" in a text is text
         self.model.no_truncation()
         self.model.no_padding()
-        self.vocab_size = 1 + max(self.model.get_vocab().values(), default=-1)
+        self.vocab_size = 1 + max(self.model.get_vocab().values())
         names = _object(file.parent / "tokenizer_config.json")
-        bos, eos = (_id_of(self.model, names.get(f"{kind}_token")) for kind in ("bos", "eos"))
+        texts = (_text_of(names.get(f"{kind}_token")) for kind in ("bos", "eos"))
+        ids = [self.model.token_to_id(text) if text else None for text in texts]
+        bos, eos = (-1 if id is None else id for id in ids)
         ends = _object(file.parent / "generation_config.json").get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         self.bos_id = bos
@@ -76,19 +77,14 @@ class HuggingFace:
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
-    def pieces(self) -> Iterator[str]:
-        return (self.model.decode([id], skip_special_tokens=False) for id in range(self.vocab_size))
-
 
 def _object(file: Path) -> dict:
     return read_object(file) if file.is_file() else {}
 
 
-def _id_of(model: tokenizers.Tokenizer, token) -> int:
-    """The id of a special token, which tokenizer_config.json has as text or with its flags; -1 for none."""
-    text = token.get("content") if isinstance(token, dict) else token
-    found = model.token_to_id(text) if isinstance(text, str) else None
-    return -1 if found is None else found
+def _text_of(token) -> str | None:
+    """A special token, which tokenizer_config.json has as text or with its flags."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 class Tokenizer:
@@ -103,6 +99,8 @@ class Tokenizer:
         self._model = HuggingFace(self.file) if self.file.suffix == ".json" else SentencePiece(self.file)
         self.vocab_size, self.adds_bos = self._model.vocab_size, self._model.adds_bos
         self.special = self._model.special  # text and id of each control token
+        # Whether "\n" is always a token of its own, so that lines can be encoded separately.
+        self.lone_newlines = self._model.lone_newlines
         self.bos_id, self.eos_ids = self._model.bos_id, self._model.eos_ids
         self.eos_id = self.eos_ids[0]
         if self.eos_id < 0:
@@ -116,10 +114,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS; "</s>" in it is four characters."""
-        try:
-            return self._model.encode(text)
-        except (RuntimeError, TypeError):  # from a broken JSON escape
-            raise ValueError(f"half a character (a lone surrogate) in the text {text!r:.200}") from None
+        return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens decode to nothing."""
@@ -136,11 +131,6 @@ class Tokenizer:
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text of ids that follow other text: a leading blank is kept."""
         return self.decode([*self._newline, *ids])[1:] if self._adds_blank else self.decode(ids)
-
-    @cached_property
-    def lone_newlines(self) -> bool:
-        """Whether "\\n" is always a token of its own, so that lines can be encoded separately."""
-        return not any("\n" in piece for piece in self._model.pieces() if piece != "\n")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `decode_continuation` in pieces, as ids arrive; each piece has complete characters."""
@@ -226,10 +216,7 @@ def render_chat(folder: Path, messages: Sequence[Message]) -> str:
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = refuse
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    tokens = {
-        name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()
-    }
+    tokens = {name: _text_of(token) for name, token in config.items() if name.endswith("_token")}
     roles = [message["role"] for message in messages]
     settings = {"messages": messages, "add_generation_prompt": roles[-1:] != ["assistant"]}
     try:
@@ -249,16 +236,13 @@ def render(messages: Sequence[Message], template: str) -> list[str | None]:
     plain: each message and a line end.
 
     Ends where the assistant's turn begins, unless the last message is the assistant's. Raises ValueError for
-    an unknown template or role, or a message without content.
+    an unknown template.
     """
     if template not in BUILT_IN:
         raise ValueError(f"template {template!r} is not one of {', '.join(BUILT_IN)}")
     texts = [""]  # with an end-of-sequence token between two of them
     for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in _ROLES or not isinstance(content, str):
-            needed = f"a role of {', '.join(_ROLES)} and a content"
-            raise ValueError(f"a message needs {needed}, got {message!r:.200}")
+        role, content = message["role"], message["content"]
         if template == "zephyr":
             texts[-1] += f"<|{role}|>\n{content}"
             texts.append("\n")

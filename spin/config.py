@@ -25,6 +25,7 @@ def _free(default):
 class Run:
     dir: str = "runs/tiny"  # everything of this run is written here
     paper: bool = _free(False)  # the report has the paper's numbers: this run has its model, data and method
+    fork: str = _free("")  # a run to start from (train.py --from): what it has with equal settings is reused
     shard_size: int = _free(0)  # ranks that share one copy of the parameters (HSDP); 0: all of them
 
 
@@ -57,6 +58,10 @@ class Generate:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     max_new_tokens: int = 256
+    samples: int = 1  # responses for each prompt; training uses all, and the mean of their losses
+    share: float = (
+        1.0  # of the prompts answered in an iteration after the first; the rest keep the last answer
+    )
     seed: int = 0
     dtype: str = "bfloat16"  # of weights and cache while sampling
     slots: int = _free(0)  # sequences per batch and rank; 0: as many as memory holds, at most 512 (CPU: 128)
@@ -98,7 +103,13 @@ class Train(Optimization):
     objective: str = "spin"  # spin; or sft, the control: the same steps on the real responses alone
     loss: str = "logistic"  # one of LOSSES in spin/loss.py
     beta: float = 0.1  # the paper's λ
+    mu: float = 1.0  # second parameter of the losses gsil, space and t-spin
+    reference: str = "opponent"  # whose log-probs are subtracted: opponent, base, mixture (of both) or none
+    alpha: float = 0.5  # the opponent's share of a mixture: log p_ref = α log p_θt + (1 − α) log p_θ0
     replay: int = 1  # number of earlier iterations whose pairs are also trained on
+    replay_share: str = (
+        "all"  # the pairs of all of these; or equal: as many as of one iteration, in equal shares
+    )
 
 
 @dataclass(frozen=True)

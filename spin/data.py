@@ -15,7 +15,6 @@ of which the last assistant turn is the response.
 import glob
 import hashlib
 import json
-import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,16 +27,15 @@ from spin.engine.files import read_jsonl
 from spin.packing import Item
 
 PAIRS = (("real", "generated"), ("chosen", "rejected"))  # columns: of the real response, of the opponent's
-log = logging.getLogger("spin")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its real response, and in a pair the opponent's."""
+    """A prompt with its real response, and with the opponent's: one in a pair, or several."""
 
     prompt: tuple[Message, ...]  # the turns before the response, the last one the user's
     real: str
-    generated: str | None = None
+    generated: tuple[str, ...] = ()
     where: str = ""  # "file:line", for error messages
 
     @property
@@ -45,27 +43,28 @@ class Example:
         """The user's last text."""
         return self.prompt[-1]["content"]
 
-    def to_pair(self) -> dict[str, list[Message]]:
-        """The released form: {"real": [...], "generated": [...]}."""
+    def to_pairs(self) -> list[dict[str, list[Message]]]:
+        """The released form: {"real": [...], "generated": [...]} for each generated response."""
 
         def turn(text):
             return [*self.prompt, {"role": "assistant", "content": text}]
 
-        return {"real": turn(self.real), "generated": turn(self.generated)}
+        return [{"real": turn(self.real), "generated": turn(text)} for text in self.generated]
 
 
 def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -> list[Example]:
     """All examples of a file, a directory of .jsonl or .parquet files, or a pattern, in the order of names.
 
     With `pairs`, rows must have two responses. Without, a generated response is not read. Examples with an
-    empty text are dropped and counted in `counts` where data.empty is "drop". Raises FileNotFoundError, or
-    ValueError with file and line.
+    empty text are dropped where data.empty is "drop". `counts` counts them, and prompts that repeat an
+    earlier one. Raises FileNotFoundError, or ValueError with file and line.
     """
     examples = []
     for where, row in read_rows(path):
         example = parse_row(row, data, where, pairs)
-        texts = {"prompt": example.question, "response": example.real, "second response": example.generated}
-        empty = [name for name, text in texts.items() if text is not None and not text.strip()]
+        names = ("prompt", "response", "second response")
+        texts = (example.question, example.real, *example.generated)
+        empty = [name for name, text in zip(names, texts) if not text.strip()]
         if not empty:
             examples.append(example)
         elif data.empty == "drop":
@@ -74,19 +73,21 @@ def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -
             raise ValueError(f"{where}: empty {empty[0]}; correct it, or drop such rows: --data.empty=drop")
     if not examples:
         raise ValueError(f"{path}: no examples")
-    if repeated := len(examples) - len({str(example.prompt) for example in examples}):
-        log.info("%s: %d of %d prompts repeat an earlier one", path, repeated, len(examples))
+    repeated = len(examples) - len({str(example.prompt) for example in examples})
+    counts["prompts of the data repeat an earlier one"] += repeated
     return examples
 
 
-def load_generated(directory: Path, data: Data) -> list[Example]:
-    """The pairs of a generate stage, among which the opponent's responses may be empty."""
-    return [parse_row(row, data, where, pairs=True) for where, row in read_rows(str(directory))]
+def load_generated(directory: Path, data: Data, samples: int = 1) -> list[Example]:
+    """The pairs of a generate stage, `samples` rows a prompt; the opponent's responses may be empty."""
+    rows = [parse_row(row, data, where, pairs=True) for where, row in read_rows(str(directory))]
+    groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
+    return [replace(group[0], generated=tuple(row.generated[0] for row in group)) for group in groups]
 
 
 def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example:
     """One row as an Example. Raises ValueError, naming `where`, for a row of no known form."""
-    generated = None
+    generated: tuple[str, ...] = ()
     columns = next((names for names in PAIRS if row.keys() >= set(names)), None)
     if pairs and not columns:
         known = " or ".join(f'"{first}" and "{second}"' for first, second in PAIRS)
@@ -96,7 +97,8 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
     elif columns:
         prompt, real = _response(row, columns[0], data, where)
         if pairs:
-            other, generated = _response(row, columns[1], data, where)
+            other, text = _response(row, columns[1], data, where)
+            generated = (text,)
             if other != prompt:
                 raise ValueError(f'{where}: "{columns[0]}" and "{columns[1]}" answer different prompts')
     elif "messages" in row:
@@ -112,7 +114,7 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
     if data.empty_system and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": ""}, *prompt)
     try:
-        "".join([*(turn["content"] for turn in prompt), real, generated or ""]).encode()
+        "".join([*(turn["content"] for turn in prompt), real, *generated]).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff)") from None
     return Example(prompt, real, generated, where)
@@ -120,7 +122,7 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
 
 def real_only(examples: Iterable[Example]) -> list[Example]:
     """The examples without the opponent's responses, for SFT."""
-    return [replace(example, generated=None) for example in examples]
+    return [replace(example, generated=()) for example in examples]
 
 
 def choose(examples: list[Example], data: Data) -> list[Example]:
@@ -140,9 +142,9 @@ def choose(examples: list[Example], data: Data) -> list[Example]:
 def tokenize(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str, data: Data, counts: Counter
 ) -> list[Item]:
-    """Ids of each example: its prompt, its real response and, in a pair, the generated one.
+    """Ids of each example: its prompt, its real response and the generated ones.
 
-    As in the official code: where the prompt and the longer response exceed max_length, the prompt keeps its
+    As in the official code: where the prompt and the longest response exceed max_length, the prompt keeps its
     last max_prompt_length tokens; if that is not enough, responses are truncated to max_length -
     max_prompt_length tokens and lose their EOS. `counts` counts both.
     """
@@ -151,8 +153,7 @@ def tokenize(
         prompt = _encode_prompt(example, tokenizer, template)
         if not prompt:
             raise ValueError(f"{example.where}: the prompt has no token under the template {template}")
-        texts = [example.real] if example.generated is None else [example.real, example.generated]
-        responses = [tokenizer.encode_response(text) for text in texts]
+        responses = [tokenizer.encode_response(text) for text in (example.real, *example.generated)]
         longest = max(map(len, responses))
         if len(prompt) + longest > data.max_length:
             counts["prompts cut at the left"] += len(prompt) > data.max_prompt_length
@@ -183,7 +184,7 @@ def _encode_prompt(example: Example, tokenizer: Tokenizer, template: str) -> lis
 
 def digest(examples: Sequence[Example]) -> str:
     """SHA-256 of the texts, to detect changed data."""
-    text = json.dumps([[example.prompt, example.real, example.generated] for example in examples])
+    text = json.dumps([[e.prompt, e.real, *(e.generated or [None])] for e in examples])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

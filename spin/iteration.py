@@ -3,7 +3,8 @@
 runs/<recipe>/iter<N>/
     inputs.json, config.toml        what the results depend on; all settings, as a recipe
     generated/                      stage generate: pairs of real and generated responses
-    opponent_logps.safetensors      stage score: log p_θt of both responses of every pair
+    opponent_logps.safetensors      stage score: log p_θt of all responses
+    base_logps.safetensors          log p_θ0, where train.reference needs it
     checkpoints/, metrics.jsonl     stage train
     model/                          stage export: a Hugging Face checkpoint; epoch<E>/ has the others
     evaluation/                     stage evaluate
@@ -18,21 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from model.mistral import Mistral
 from spin.config import Config
-from spin.data import digest, real_only, tokenize
-from spin.engine.checkpoint import export, exports
+from spin.data import Example, real_only, tokenize
+from spin.engine.checkpoint import export, exports, to_export
 from spin.engine.distributed import Ranks, sharded_model
-from spin.engine.files import write_whole
 from spin.engine.metrics import timed
-from spin.engine.prepare import Prepared, claim_directory, earlier_pairs
+from spin.engine.prepare import Prepared, claim_directory, earlier_pairs, generated_pairs
 from spin.engine.recipe import recorded
-from spin.engine.stages import check_record
-from spin.opponent import generate_pairs, read_pairs, score
+from spin.opponent import generate_pairs, read_pairs
 from spin.packing import Item
+from spin.reference import logps_of, reference_logps
 from spin.report.card import model_card
 from spin.trainer import train
 
@@ -44,8 +42,10 @@ def run_iteration(prepared: Prepared, ranks: Ranks, last_stage: str = "export") 
     n, config, part, directory = prepared.n, prepared.config, prepared.part, prepared.directory
     replayed = earlier_pairs(prepared)
     inputs = ranks.from_first(lambda: claim_directory(prepared, replayed))
-    models = exports(part)
-    missing = ranks.from_first(lambda: [name for name in models if not (directory / name).is_dir()])
+    missing = ranks.from_first(lambda: to_export(part, directory))
+    for name in exports(part):
+        if name not in missing and not (directory / name).is_dir():
+            log.info("%s: not exported: training has passed it, and its weights are gone", directory / name)
     if last_stage == "export" and not missing:
         log.info("%s: finished, nothing to do", directory)
         return
@@ -53,60 +53,74 @@ def run_iteration(prepared: Prepared, ranks: Ranks, last_stage: str = "export") 
     examples, tokenizer = prepared.examples, prepared.tokenizer
     if prepared.generates:
         record = recorded(config, ("generate",)) | {key: inputs[key] for key in ("opponent", "data")}
+        record["train.template"] = config.train.template
+        before = generated_pairs(config, n - 1) if n and config.generate.share < 1 else []
         with timed(directory, "generate", ranks.first):
-            generate_pairs(config, n, examples, tokenizer, record, directory / "generated", ranks)
+            generate_pairs(config, n, examples, tokenizer, record, directory / "generated", ranks, before)
         ranks.release_memory()  # of the sampler's model, before the policy is loaded
         examples = read_pairs(directory / "generated", record, config.data)
     if last_stage == "generate":
         return
 
-    examples, counts = [*replayed, *examples], prepared.dropped.copy()
-    if not prepared.spin:
-        examples = real_only(examples)
-    items = tokenize(examples, tokenizer, part.template, config.data, counts)
+    counts = prepared.counts.copy()
+    chosen = training_examples(prepared, [*replayed, examples])
+    items = tokenize(chosen, tokenizer, part.template, config.data, counts)
     truncated = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    summary = f"{len(items)} examples, {len(replayed)} of them replayed{truncated}"
+    several = f" of {len(replayed) + 1} iterations" * bool(replayed)
+    summary = f"{len(items)} examples{several}{truncated}"
     log.info("%s: %s", directory, summary)
-    compute, checkpointing = getattr(torch, part.dtype), part.activation_checkpointing
-    attention, source = config.model.attention, prepared.source
-    policy = sharded_model(source, ranks, compute, checkpointing, part.seed, attention, part.compile)
-    logps = opponent_logps(prepared, policy, items, digest(examples), ranks) if prepared.spin else None
-    about, dtype = (prepared.architecture, directory, inputs, summary), config.model.save_dtype
-    for name in missing:
-        until = replace(part, epochs=models[name], schedule_epochs=part.schedule_epochs or part.epochs)
-        with timed(directory, "train", ranks.first):
-            train(until, policy, items, logps, directory, ranks)
-        card = ranks.from_first(lambda: model_card(config, n, *about))
-        export(policy, directory / name, prepared.tokenizer_path, getattr(torch, dtype), card, ranks)
-        log.info("%s: exported", directory / name)
-    del policy
+    train_policy(prepared, inputs, items, summary, missing, ranks)
     ranks.release_memory()
 
 
-def opponent_logps(
-    prepared: Prepared, policy: Mistral, items: list[Item], digest_of_pairs: str, ranks: Ranks
-) -> torch.Tensor:
-    """log p_θt of the real and the generated response of every pair (N, 2), computed once and saved.
+def train_policy(
+    prepared: Prepared, inputs: dict, items: list[Item], summary: str, missing: dict[str, float], ranks: Ranks
+) -> None:
+    """Stages score, train and export, up to the last of the models that are `missing`."""
+    config, part, directory = prepared.config, prepared.part, prepared.directory
 
-    `policy` must not have been trained: until the first step it has the opponent's weights.
-    """
-    file = prepared.directory / "opponent_logps.safetensors"
-    if not ranks.from_first(file.is_file):
-        part = prepared.config.train
-        with timed(prepared.directory, "score", ranks.first):
-            result = score(policy, items, part.token_budget, part.logit_chunk, ranks)
-        if not result.isfinite().all():
-            raise ValueError(f"{prepared.source}: log-probs are not finite; are the weights damaged?")
-        if ranks.first:
-            columns = {"real": result[:, 0].contiguous(), "generated": result[:, 1].contiguous()}
-            write_whole(file, save(columns, metadata={"pairs": digest_of_pairs}))
-        ranks.barrier()
-    try:
-        with safe_open(file, framework="pt") as stored:
-            check_record(file, stored.metadata(), {"pairs": digest_of_pairs})
-            return torch.stack([stored.get_tensor("real"), stored.get_tensor("generated")], dim=1)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not readable ({error}); remove it to compute it again") from None
+    def load(source) -> Mistral:
+        compute, checkpointing = getattr(torch, part.dtype), part.activation_checkpointing
+        attention = config.model.attention
+        return sharded_model(source, ranks, compute, checkpointing, part.seed, attention, part.compile)
+
+    base = opponent = reference = None
+    if prepared.scores_base:
+        base = logps_of("base", inputs, lambda: load(config.base), prepared, items, ranks)
+        ranks.release_memory()  # of the base model, before the policy is loaded
+    policy = load(prepared.source)
+    if prepared.scores_opponent:  # until the first step, the policy has the opponent's weights
+        opponent = logps_of("opponent", inputs, lambda: policy, prepared, items, ranks)
+    if prepared.spin:
+        reference = reference_logps(config.train, opponent, base, items)
+    about, dtype = (prepared.architecture, directory, inputs, summary), config.model.save_dtype
+    for name, epochs in missing.items():
+        until = replace(part, epochs=epochs, schedule_epochs=part.schedule_epochs or part.epochs)
+        with timed(directory, "train", ranks.first):
+            train(until, policy, items, reference, directory, ranks, opponent)
+        card = ranks.from_first(lambda: model_card(config, prepared.n, *about))
+        export(policy, directory / name, prepared.tokenizer_path, getattr(torch, dtype), card, ranks)
+        log.info("%s: exported", directory / name)
+
+
+def training_examples(prepared: Prepared, iterations: list[list[Example]]) -> list[Example]:
+    """The examples of the replayed iterations and of this one, as train.replay_share says."""
+    config, count = prepared.config, len(iterations)
+    if config.train.replay_share == "equal":  # every prompt once, answered by all opponents in turn
+        iterations = [examples[(k + prepared.n) % count :: count] for k, examples in enumerate(iterations)]
+    examples = [example for each in iterations for example in each]
+    if not prepared.spin:
+        return real_only(examples)
+    if config.train.loss == "t-spin":
+        of_base = iterations[-1] if prepared.n == 0 else generated_pairs(config, 0)
+        answers = {(str(example.prompt), example.real): example.generated[:1] for example in of_base}
+        if any((str(example.prompt), example.real) not in answers for example in examples):
+            raise ValueError("t-spin needs the same prompts in all iterations: iteration 0 has other ones")
+        examples = [
+            replace(example, generated=example.generated + answers[str(example.prompt), example.real])
+            for example in examples
+        ]
+    return examples
 
 
 def evaluate_model(config: Config, n: int, ranks: Ranks) -> None:

@@ -1,27 +1,26 @@
-"""The opponent's responses to the prompts, and its log-probs of the pairs."""
+"""The opponent's responses to the prompts."""
 
 import logging
+import math
+import random
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from model.mistral import Mistral
 from model.sampler import fitting_slots, generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import load_model
 from spin.config import Config, Data
 from spin.data import Example, digest, encode_prompts, load_generated
-from spin.engine.distributed import Ranks, fsdp
+from spin.engine.distributed import Ranks
 from spin.engine.files import read_json, to_json, to_jsonl, whole_directory
-from spin.engine.stages import Rows, check_claim, claim
-from spin.packing import Item, pack, packed_batches, planned, response_logps
+from spin.engine.recipe import flat
+from spin.engine.stages import RECORD, Rows, check_claim, claim, reuse
 
 PAIRS_PER_SHARD = 5000
 SAMPLES_SHOWN = 3
@@ -36,20 +35,32 @@ def generate_pairs(
     record: dict,
     directory: Path,
     ranks: Ranks,
+    before: Sequence[Example] = (),
 ) -> None:
     """Answer every prompt with the opponent; write pairs to `directory` as JSONL shards with meta.json.
 
     Responses are saved as they finish (`Rows`), so a killed run resumes on any number of ranks. `record` says
-    what they depend on. meta.json has counts, mean lengths and a digest of the pairs.
+    what they depend on; responses of run.fork with the same record are taken over. `before`, the same
+    examples with the previous opponent's responses, gives those that generate.share leaves out. meta.json has
+    counts, mean lengths and a digest of the pairs.
     """
     settings, folder = config.generate, directory.with_name(directory.name + ".rows")
+    if config.run.fork:
+        other = Path(config.run.fork, directory.parent.name, directory.name)
+        ranks.from_first(lambda: reuse(other, directory, record))
     if ranks.from_first(directory.is_dir):
         ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a run killed between the two
         log.info("%s: finished, nothing to do", directory)
         return
     counts: Counter = Counter()
-    prompts = encode_prompts(examples, tokenizer, settings.template, config.data, counts)
+    encoded = encode_prompts(examples, tokenizer, settings.template, config.data, counts)
+    prompts = [prompt for prompt in encoded for _ in range(settings.samples)]
     rows = Rows(folder, record | _shapes(config, ranks), ranks)
+    taken = _taken(config, iteration, examples, before) - rows.done
+    rows.append(
+        _row(i, before[i // settings.samples].generated[i % settings.samples]) for i in taken if ranks.first
+    )
+    rows.done |= taken
     missing = sorted(set(range(len(prompts))) - rows.done, key=lambda i: (-len(prompts[i]), i))
     if settings.fixed_slots:  # a prompt's slot does not depend on its rank: equally many per slot for each
         mine = [i for i in missing if i // settings.slots % ranks.world_size == ranks.rank]
@@ -70,7 +81,7 @@ def generate_pairs(
     rows.append(answered() if mine else ())
     (total,), seconds = ranks.sum([tokens]), time.perf_counter() - began
     log.info("generated %d responses: %d tokens, %.0f tokens/s", len(missing), total, total / seconds)
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt in encoded]
     ranks.from_first(lambda: _assemble(directory, examples, rows, lengths, counts, record))
     ranks.from_first(lambda: shutil.rmtree(folder))
 
@@ -105,12 +116,24 @@ def _responses(
     strip = str.lstrip if settings.template != config.train.template else str
     for index, ids, _ in responses:
         text = strip(tokenizer.decode_continuation(ids))
-        yield {
-            "doc": mine[index],
-            "response": text,
-            "tokens": len(ids),
-            "ended": ids[-1] in tokenizer.eos_ids,
-        }
+        yield _row(mine[index], text, len(ids), ids[-1] in tokenizer.eos_ids)
+
+
+def _row(doc: int, response: str, tokens: int = 0, ended: bool = True) -> dict:
+    """A response on disk; one that was taken from the previous iteration has no count of tokens."""
+    return {"doc": doc, "response": response, "tokens": tokens, "ended": ended}
+
+
+def _taken(config: Config, n: int, examples: Sequence[Example], before: Sequence[Example]) -> set[int]:
+    """The responses to take from `before`: all but the next generate.share of a seeded order of prompts."""
+    settings, count = config.generate, len(before)
+    same = [(e.prompt, e.real, settings.samples) for e in examples]
+    if before and [(e.prompt, e.real, len(e.generated)) for e in before] != same:
+        raise ValueError("generate.share < 1 needs the prompts and generate.samples of the iteration before")
+    size = math.ceil(settings.share * count - 1e-9)
+    order = random.Random(settings.seed).sample(range(count), count)
+    fresh = {order[((n - 1) * size + i) % count] for i in range(size)}
+    return {i for i in range(count * settings.samples) if i // settings.samples not in fresh}
 
 
 def _shapes(config: Config, ranks: Ranks) -> dict:
@@ -131,12 +154,17 @@ def _assemble(
     record: dict,
 ) -> None:
     """Write the shards in the order of the prompts, and log a summary."""
-    responses = rows.complete(len(examples))
-    pairs = [replace(example, generated=row["response"]) for example, row in zip(examples, responses)]
+    samples = record["generate.samples"]
+    responses = rows.complete(samples * len(examples))
+    texts = [row["response"] for row in responses]
+    groups = [tuple(texts[i : i + samples]) for i in range(0, len(texts), samples)]
+    pairs = [replace(example, generated=group) for example, group in zip(examples, groups)]
+    fresh = sum(row["tokens"] > 0 for row in responses)
     meta = {
-        "pairs": len(pairs),
-        "mean tokens of prompts": sum(lengths) / len(pairs),
-        "mean tokens of responses": sum(row["tokens"] for row in responses) / len(pairs),
+        "pairs": len(responses),
+        "taken from the iteration before": len(responses) - fresh,
+        "mean tokens of prompts": sum(lengths) / len(lengths),
+        "mean tokens of responses": sum(row["tokens"] for row in responses) / max(1, fresh),
         "prompts cut at the left": counts["prompts cut at the left"],
         "empty responses": sum(not row["response"] for row in responses),
         "responses cut at max_new_tokens": sum(not row["ended"] for row in responses),
@@ -147,44 +175,24 @@ def _assemble(
         shards = [pairs[i : i + PAIRS_PER_SHARD] for i in range(0, len(pairs), PAIRS_PER_SHARD)]
         for i, shard in enumerate(shards):
             file = new / f"part-{i:05d}-of-{len(shards):05d}.jsonl"
-            file.write_text(to_jsonl(pair.to_pair() for pair in shard), encoding="utf-8")
+            lines = to_jsonl(row for pair in shard for row in pair.to_pairs())
+            file.write_text(lines, encoding="utf-8")
         (new / "meta.json").write_text(to_json(meta), encoding="utf-8")
     described = (f"{key} {value:.6g}" for key, value in meta.items() if key != "digest")
     log.info("%s: %s", directory, ", ".join(described))
     for pair in pairs[:SAMPLES_SHOWN]:
-        texts = (pair.question, pair.real, pair.generated)
-        log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", *texts)
+        shown = (pair.question, pair.real, pair.generated[0])
+        log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", *shown)
 
 
 def read_pairs(directory: Path, record: dict, data: Data) -> list[Example]:
     """The pairs that `generate_pairs` left. Raises ValueError if they have another record or were edited."""
-    if not check_claim(directory, record):
+    if not check_claim(directory, record, flat(Config())):
         raise FileNotFoundError(f"{directory}: no pairs; run that iteration first, or set train.replay = 0")
-    pairs = load_generated(directory, data)
+    pairs = load_generated(directory, data, read_json(directory / RECORD).get("generate.samples", 1))
     if digest(pairs) != read_json(directory / "meta.json").get("digest"):
         raise ValueError(
             f"{directory}: the pairs were edited; remove it to generate again, or train on pairs of your own "
             "with data.pairs"
         )
     return pairs
-
-
-def score(model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk: int, ranks: Ranks) -> Tensor:
-    """log p of every response of every item (N, C), fp32, on every rank; all items have C responses.
-
-    `model` is sharded like the policy, so that both compute the same. Ranks share the items by cost.
-    """
-    result = torch.zeros(len(items), len(items[0].responses))
-    size = 64 * ranks.world_size
-    groups = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
-    plan = planned(groups, items, model.config, token_budget, ranks.rank, ranks.world_size)
-    batches = packed_batches(plan, lambda chosen: pack([items[i] for i in chosen]), ranks.device)
-    bar = ranks.progress(len(items), "score", "pair")
-    with torch.no_grad(), bar, closing(batches):
-        for batch, packed in batches:
-            logps = response_logps(model, packed, logit_chunk).cpu()
-            if batch.items:
-                result[batch.items] = logps.view(len(batch.items), -1)
-            bar.update(len(batch.step) if batch.last else 0)
-    fsdp(model).reshard()  # FSDP leaves the root's parameters gathered; an optimizer must see shards
-    return ranks.sum_tensor(result)

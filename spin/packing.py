@@ -100,9 +100,11 @@ def response_logps(model: Mistral, packed: Packed, chunk: int = 256) -> Tensor:
     return torch.segment_reduce(token_logps, "sum", lengths=p.lengths, unsafe=True)
 
 
-def identical_pairs(items: Sequence[Item]) -> Tensor:
-    """Which pairs have the same text as both responses: (B,) bool."""
-    return torch.tensor([item.responses[0] == item.responses[1] for item in items], dtype=torch.bool)
+def response_places(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+    """Of items with C responses each: the first response with the same tokens, and lengths; (B, C) int64."""
+    same = [[item.responses.index(response) for response in item.responses] for item in items]
+    lengths = [[len(response) for response in item.responses] for item in items]
+    return torch.tensor(same), torch.tensor(lengths)
 
 
 def flops(architecture: ModelConfig, item: Item) -> int:

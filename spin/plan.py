@@ -5,7 +5,6 @@ tensors, in a process group that simulates all ranks, and allocations are counte
 and the kernels' own buffers, and fragmentation are not seen; --reserve is for them.
 """
 
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from spin.engine.memory import KINDS, Memory
 from spin.engine.metrics import GPUS
 from spin.engine.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
 from spin.loss import spin_step
-from spin.packing import Item, flops, identical_pairs, pack, response_logps
+from spin.packing import Item, flops, pack, response_logps, response_places
 from spin.trainer import backward
 
 GIB = 2**30
@@ -101,9 +100,9 @@ class Plan:
         state = tree_leaves(list(self.optimizer.state.values()))
         memory.name("optimizer", [value for value in state if isinstance(value, Tensor)])
         for last in (False, True):
-            opponent, identical = torch.zeros(len(items), 2), identical_pairs(items)
             logps = response_logps(self.model, pack(items), part.logit_chunk)
-            loss, _ = spin_step(logps, opponent, identical, 2 * len(items), part.beta, part.loss)
+            same, lengths = response_places(items)
+            loss, _ = spin_step(logps, torch.zeros(same.shape), same, lengths, 2 * len(items), part)
             memory.name_rest("activations")
             backward(part, self.model, loss, self.ranks, last)
             memory.name("gradients", [weight.grad for weight in self.parameters if weight.grad is not None])
@@ -113,12 +112,17 @@ class Plan:
 
 
 def filling(budget: int, config: Config) -> list[Item]:
-    """Pairs that fill a token budget, as long as the recipe's limits allow."""
-    prompt = config.data.max_prompt_length
+    """Prompts with responses that fill a token budget, as long as the recipe's limits allow."""
+    prompt, responses = config.data.max_prompt_length, 1 + generated_responses(config)
     response = config.data.max_length - prompt
-    whole, left = divmod(budget, prompt + 2 * (response - 1))
-    items = [Item([1] * prompt, ([1] * response, [1] * response))] * whole
-    return items + ([Item([1] * (left - 2), ([1] * 2, [1] * 2))] if left > 2 else [])
+    whole, left = divmod(budget, prompt + responses * (response - 1))
+    items = [Item([1] * prompt, ([1] * response,) * responses)] * whole
+    return items + ([Item([1] * (left - responses), ([1] * 2,) * responses)] if left > responses else [])
+
+
+def generated_responses(config: Config) -> int:
+    """How many generated responses a prompt is packed with."""
+    return config.generate.samples + (config.train.loss == "t-spin")
 
 
 def report(config: Config, architecture: ModelConfig, options: Namespace) -> str:
@@ -130,8 +134,8 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
         score, train = plan.score(part.token_budget), plan.train(part.token_budget)
         largest = plan.largest_budget(free)
     sizes = [weight.numel() for weight in plan.parameters]  # of the whole parameters, not of this rank's
-    size, trained = sum(sizes), options.pairs * (1 + part.replay)
-    item = Item([1] * prompt, ([1] * real, [1] * generated))
+    size, trained = sum(sizes), options.pairs * (1 + part.replay * (part.replay_share == "all"))
+    item = Item([1] * prompt, ([1] * real, *[[1] * generated] * generated_responses(config)))
     forward, rate = flops(architecture, item) * trained, gpus * GPUS[options.gpu][0] * options.share
     useful, tokens = 3 * forward * part.epochs, part.batch_size * item.packed_length / gpus
     hours = f"{_hours(useful / rate)} for {trained} pairs, {part.epochs:g} epochs"
@@ -180,7 +184,13 @@ def _generate(config: Config, architecture: ModelConfig, size: int, free: float,
     response = flops(architecture, Item([1], ([1] * generated,)))  # approximately
     step = max((weights + held) / bandwidth, response / generated * slots / peak)
     prefill = flops(architecture, Item([1] * prompt, ([1],))) / peak
-    seconds = options.pairs / options.gpus * (generated * step / slots + prefill) / options.share
+    seconds = (
+        options.pairs
+        * config.generate.samples
+        / options.gpus
+        * (generated * step / slots + prefill)
+        / options.share
+    )
     return (
         f"generate  {_gib(weights)} weights and {_gib(slots * slot)} cache, {slots} slots on each GPU; "
         f"{_hours(seconds)} for {options.pairs} prompts at {options.share:.0%} of {bandwidth / 1e12:g} TB/s"
@@ -212,28 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.errors_in_words():
         options, recipe = cli.parse(parser, argv)
         config = recipe.at(options.iter)
-        options.memory = GPUS[options.gpu][1] if options.memory is None else options.memory
-        if options.pairs is None and not config.data.num_prompts:
+        options.memory = options.memory or GPUS[options.gpu][1]
+        options.pairs = options.pairs or config.data.num_prompts
+        if not options.pairs:
             raise ValueError("data.num_prompts is 0, which means all; give their number with --pairs")
-        options.pairs = config.data.num_prompts if options.pairs is None else options.pairs
         options.lengths = [int(part) for part in options.lengths.split(",")]
-        _check(options)
         sys.stdout.write(report(config, _architecture(options.architecture, config, recipe.path), options))
-
-
-def _check(options: Namespace) -> None:
-    """Raise ValueError naming an option that is out of range."""
-    lengths, memory, reserve = options.lengths, options.memory, options.reserve
-    for name, allowed, wanted in (
-        ("gpus", options.gpus >= 1, "at least 1"),
-        ("pairs", options.pairs >= 1, "at least 1"),
-        ("reserve", 0 <= reserve < math.inf, "at least 0"),
-        ("memory", reserve < memory < math.inf, f"more than --reserve, {reserve:g}"),
-        ("share", 0 < options.share <= 1, "in (0, 1]"),
-        ("lengths", len(lengths) == 3 and min(lengths) >= 1, "three positive numbers with commas"),
-    ):
-        if not allowed:
-            raise ValueError(f"--{name} must be {wanted}, not {getattr(options, name)}")
 
 
 def _architecture(given: Path | None, config: Config, recipe: Path) -> ModelConfig:

@@ -1,7 +1,6 @@
 """Ask models questions: one model's answer as it is sampled, those of several side by side or as Markdown."""
 
 import difflib
-import os
 import re
 import shutil
 import sys
@@ -39,8 +38,8 @@ class Speaker:
         system = [{"role": "system", "content": ""}] * self.config.data.empty_system
         prompt = self.tokenizer.encode_prompt([*system, {"role": "user", "content": question}], template)
         most = self.model.config.max_position_embeddings - settings.max_new_tokens
-        if not 0 < len(prompt) <= most:
-            raise ValueError(f"the question has {len(prompt)} tokens; {self.name} takes 1 to {most}")
+        if len(prompt) > most:
+            raise ValueError(f"the question has {len(prompt)} tokens; {self.name} takes at most {most}")
         tokens = generate_tokens(
             self.model,
             [prompt],
@@ -53,16 +52,15 @@ class Speaker:
             slots=1,
             vocab_limit=self.tokenizer.vocab_size,
         )
-        last = -1
+        ids: list[int] = []
 
-        def ids() -> Iterator[int]:
-            nonlocal last
+        def sampled() -> Iterator[int]:
             for token in tokens:
-                last = token.id
+                ids.append(token.id)
                 yield token.id
 
-        yield from self.tokenizer.stream(ids())
-        if last not in self.tokenizer.eos_ids:
+        yield from self.tokenizer.stream(sampled())
+        if ids[-1] not in self.tokenizer.eos_ids:
             yield f" [cut at {settings.max_new_tokens} tokens]"
 
 
@@ -70,11 +68,7 @@ def models(
     recipe: Recipe, iterations: Sequence[int], paths: Sequence[Path]
 ) -> list[tuple[str, Path, Config]]:
     """Name, directory and settings of each model. Raises ValueError or OSError if one can't be loaded."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("--prompt and --interactive run in one process; use python, not torchrun")
-    found = [(path.name, path, recipe.at(0)) for path in paths]
-    if len({name for name, *_ in found}) < len(found):
-        found = [(str(path), path, config) for _, path, config in found]
+    found = [(str(path), path, recipe.at(0)) for path in paths]
     for n in iterations:
         config = recipe.at(n)
         found.append(("base" if n < 0 else f"iteration {n}", config.model_dir(n), config))
@@ -86,8 +80,6 @@ def models(
 
 def ask(found: Sequence[tuple[str, Path, Config]], questions: Sequence[str], file: Path | None) -> None:
     """Answer questions, with one model in memory at a time; with `file`, into a Markdown file."""
-    if not all(question.strip() for question in questions):
-        raise ValueError("--prompt is empty")
     answers: dict[str, dict[str, str]] = {question: {} for question in questions}
     for model in found:
         speaker = Speaker(*model)

@@ -18,17 +18,17 @@ from spin.engine.distributed import Ranks, fsdp, whole
 from spin.engine.metrics import Log, peak_flops
 from spin.engine.optimizer import make_optimizer
 from spin.engine.signals import Stopped, stop_requests
-from spin.loss import initial_loss, sft_step, spin_step
+from spin.loss import sft_step, spin_step
 from spin.packing import (
     Item,
     MicroBatch,
     Packed,
     flops,
-    identical_pairs,
     pack,
     packed_batches,
     planned,
     response_logps,
+    response_places,
 )
 
 # Before the first update policy and opponent differ only by rounding: in bf16, by a few tenths of a nat per
@@ -42,16 +42,18 @@ def train(
     part: Optimization,
     model: Mistral,
     items: Sequence[Item],
-    opponent: Tensor | None,
+    reference: Tensor | None,
     directory: Path,
     ranks: Ranks,
+    opponent: Tensor | None = None,
 ) -> None:
     """Train a sharded model in place, resuming from the last complete checkpoint in `directory`.
 
     Args:
-        items: with `opponent`, pairs (real first, generated second); without, one response each, for SFT
-        opponent: (len(items), 2) log p_θt of the real and the generated response, fp32
+        items: with `reference`, C responses each, the real one first; without, one each, for SFT
+        reference: (len(items), C) log p of these responses by the reference, fp32
         directory: where checkpoints/ and metrics.jsonl are written
+        opponent: the same by the model that training starts from, to check the first step; None: no check
 
     Saves a checkpoint after the last step. A resumed run gives the results of an uninterrupted one; with a
     different number of ranks or token_budget, up to rounding.
@@ -63,7 +65,7 @@ def train(
     held_out = held_out_items(part, len(items))
     used = sorted(set(range(len(items))) - set(held_out))
     schedule = Schedule(part, len(used))
-    objective = Objective(part, model, items, opponent, ranks)
+    objective = Objective(part, model, items, reference, ranks, opponent)
     optimizer = make_optimizer(part, model.parameters())
     checkpoints = Checkpoints(directory / "checkpoints", part.keep_checkpoints, model, optimizer, ranks)
     start = checkpoints.restore()
@@ -89,8 +91,7 @@ def train(
 
             done, last = step + 1, step + 1 == schedule.stop
             metrics = {"step": done, "epoch": done / schedule.steps_per_epoch}
-            metrics |= {name: mean for name, mean in means.items() if name != "drift"}
-            metrics |= {"grad_norm": norm, "lr": schedule.lr(step)}
+            metrics |= means | {"grad_norm": norm, "lr": schedule.lr(step)}
             metrics |= objective.speed(batch, time.perf_counter() - began)
             if held_out and (done % part.heldout_every == 0 or last):
                 metrics |= objective.evaluate(held_out)
@@ -150,13 +151,21 @@ def held_out_items(part: Optimization, examples: int) -> list[int]:
 
 
 class Objective:
-    """Loss and metrics of micro-batches: SPIN with the opponent's log-probs, SFT without."""
+    """Loss and metrics of micro-batches: SPIN with the reference's log-probs, SFT without. See `train`."""
 
     def __init__(
-        self, part: Optimization, model: Mistral, items: Sequence[Item], opponent: Tensor | None, ranks: Ranks
+        self,
+        part: Optimization,
+        model: Mistral,
+        items: Sequence[Item],
+        reference: Tensor | None,
+        ranks: Ranks,
+        opponent: Tensor | None = None,
     ):
-        self.part, self.model, self.items, self.opponent, self.ranks = part, model, items, opponent, ranks
-        self.identical = None if opponent is None else identical_pairs(items)
+        self.part, self.model, self.items, self.ranks = part, model, items, ranks
+        self.reference, self.opponent = reference, opponent
+        if reference is not None:
+            self.same, self.lengths = response_places(items)
 
     def batches(self, steps: Iterable[Sequence[int]]) -> Generator[tuple[MicroBatch, Packed]]:
         """Yield this rank's micro-batches of the steps, packed and on the device."""
@@ -167,12 +176,15 @@ class Objective:
     def __call__(self, batch: MicroBatch, packed: Packed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probs of a micro-batch (C,), its share of the step's loss, and its shares of the metrics."""
         logps = response_logps(self.model, packed, self.part.logit_chunk)
-        if self.opponent is None or self.identical is None:
+        if self.reference is None:
             return logps, *sft_step(logps, self.response_tokens(batch.step))
-        assert isinstance(self.part, Train)
-        places = (self.opponent[batch.items], self.identical[batch.items])
-        opponent, identical = (to_device(tensor, self.ranks.device) for tensor in places)
-        return logps, *spin_step(logps, opponent, identical, len(batch.step), self.part.beta, self.part.loss)
+        return logps, *self.spin_step(logps, batch.items, len(batch.step))
+
+    def spin_step(self, logps: Tensor, chosen: list[int], prompts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(self.part, Train) and self.reference is not None
+        tensors = (self.reference[chosen], self.same[chosen], self.lengths[chosen])
+        reference, same, lengths = (to_device(tensor, logps.device) for tensor in tensors)
+        return spin_step(logps, reference, same, lengths, prompts, self.part)
 
     def run_step(self, batches) -> tuple[Sequence[int], dict[str, float], list]:
         """Run this rank's micro-batches of one step, accumulating gradients if they are enabled.
@@ -191,7 +203,10 @@ class Objective:
         return batch.step, dict(zip(metrics, torch.stack(shares).sum(0).tolist())), seen
 
     def check(self, step: int, chosen: Sequence[int], means: dict, norm: float, seen: list) -> None:
-        """Raise RuntimeError if loss or gradient is not finite, or policy and opponent differ at step 0."""
+        """Raise RuntimeError if loss or gradient is not finite, or policy and opponent differ at step 0.
+
+        `seen`: log-probs of this rank's micro-batches, with their items.
+        """
         if not (math.isfinite(norm) and math.isfinite(means["loss"])):
             bad = [i for indices, logps in seen for i in _not_finite(indices, logps)]
             bad = sorted(i for of_rank in self.ranks.gather(bad) for i in of_rank)
@@ -201,12 +216,15 @@ class Objective:
                 f"taken. {self._names(bad or chosen)}: {which}. A lower lr or beta may help; the last "
                 "checkpoint is intact"
             )
-        drift = means.get("drift", 0.0) * len(chosen) / self.response_tokens(chosen)
-        if step == 0 and drift > FIRST_STEP_TOLERANCE:
-            assert isinstance(self.part, Train)
+        if step or self.opponent is None:
+            return
+        differences = [(logps.cpu() - self.opponent[i].flatten()).abs().sum() for i, logps in seen]
+        drift = self.ranks.sum([float(sum(differences))])[0] / self.response_tokens(chosen)
+        if drift > FIRST_STEP_TOLERANCE:
+            _, expected = self.spin_step(self.opponent[chosen].flatten(), list(chosen), len(chosen))
             raise RuntimeError(
                 f"step 1: policy and opponent differ by {drift:.4f} nats per token and the loss is "
-                f"{means['loss']:.4f}, not {initial_loss(self.part.loss):.4f}: they must be the same model. "
+                f"{means['loss']:.4f}, not {expected['loss']:.4f}: they must be the same model. "
                 "Were opponent_logps made from other weights, pairs or settings?"
             )
 
@@ -224,7 +242,7 @@ class Objective:
 
         On a known GPU also the useful FLOPs as a share of its peak.
         """
-        items, unit = [self.items[i] for i in chosen], "examples" if self.opponent is None else "pairs"
+        items, unit = [self.items[i] for i in chosen], "examples" if self.reference is None else "pairs"
         result = {
             "tokens_per_second": sum(item.packed_length for item in items) / seconds,
             f"{unit}_per_second": len(items) / seconds,

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -92,6 +93,33 @@ def random_ids(rng: random.Random, length: int, vocab: int = 97) -> list[int]:
 
 
 # Reference computations.
+
+
+def _ls(x):
+    return torch.nn.functional.logsigmoid(x)
+
+
+# Losses as their papers write them, of one prompt: log-ratios r (1,) of the real response and g (K,) of the
+# generated ones, their lengths n (1 + K,), β and μ.
+FORMULAS = {
+    "logistic": lambda r, g, n, b, m: -_ls(b * (r - g)),
+    "hinge": lambda r, g, n, b, m: torch.relu(1 - b * (r - g)),
+    "exponential": lambda r, g, n, b, m: torch.exp(-b * (r - g)),
+    "correlation": lambda r, g, n, b, m: 1 - b * (r - g),
+    "ipo": lambda r, g, n, b, m: b**2 * (r - g - 1 / (2 * b)) ** 2,
+    "per-token": lambda r, g, n, b, m: -_ls(b * (r / n[:1] - g / n[1:])),
+    "sppo": lambda r, g, n, b, m: (r - (1 - 0.5) / b) ** 2 + (g - (0 - 0.5) / b) ** 2,
+    "gsil": lambda r, g, n, b, m: -_ls(b * r - math.log(m)) - _ls(-b * g + math.log(m)),
+    "space": lambda r, g, n, b, m: (1 + m * (-b * r).exp()).log() + m * (1 + (b * g).exp() / m).log(),
+    "t-spin": lambda r, g, n, b, m: -_ls(b * (r - g[:-1])) - m * _ls(b * (g[:-1] - g[-1:])),
+}
+
+
+def naive_loss(part, item, logps, reference):
+    """An item's loss by its formula, from the log-probs of its responses: the mean over its pairs."""
+    ratios = torch.stack([*logps]) - torch.stack([*reference])
+    lengths = torch.tensor([len(response) for response in item.responses])
+    return FORMULAS[part.loss](ratios[:1], ratios[1:], lengths, part.beta, part.mu).mean()
 
 
 def naive_logps(other, item):

@@ -295,21 +295,9 @@ def test_config_is_read_as_transformers_writes_it(changes, tmp_path):
         ("attention_dropout", 0.1),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
-        ("rope_scaling", {"rope_type": "llama3", **SCALING, "factor": 0.0}),
         ("rope_scaling", {"rope_type": "llama3", **SCALING, "attention_factor": 2.0}),
-        ("rope_scaling", "linear"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("partial_rotary_factor", 0.5),
-        ("rope_theta", 0.0),
-        ("rope_theta", float("nan")),
-        ("rope_theta", 10**400),
-        ("rms_norm_eps", -1.0),
-        ("vocab_size", -5),
-        ("hidden_size", 10**30),
-        ("vocab_size", 2**31),
-        ("num_hidden_layers", 2_000_000_000),
-        ("num_attention_heads", 0),
-        ("model_type", []),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
@@ -319,22 +307,9 @@ def test_config_is_read_as_transformers_writes_it(changes, tmp_path):
         ("layer_types", ["full_attention"] * 2),
         ("layer_types", ["linear_attention"] * 3),
         ("use_sliding_window", True),
-        ("no_rope_layers", [1, 0]),
         ("qk_norm", True),
-        ("final_logit_softcapping", 30.0),
-        ("attn_logit_softcapping", 50.0),
-        ("query_pre_attn_scalar", 256),
-        ("attention_multiplier", 1.0),
-        ("embedding_multiplier", 12.0),
-        ("residual_multiplier", 0.0),
-        ("logits_scaling", 8.0),
-        ("hidden_size", "4096"),
-        ("sliding_window", 4096.5),
-        ("tie_word_embeddings", 1),
-        ("num_hidden_layers", True),
         ("num_key_value_heads", 3),
         ("head_dim", 5),
-        ("num_hidden_layers", 0),
     ],
 )
 def test_an_architecture_that_would_be_computed_wrongly_is_refused_by_field(field, value):
@@ -373,9 +348,7 @@ def test_windows_stated_in_other_fields_are_read_if_they_agree_and_transformers_
         torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "more", [FULL, {"use_sliding_window": False}, {"max_window_layers": 2}, {"layer_types": ["a"]}]
-)
+@pytest.mark.parametrize("more", [FULL, {"layer_types": ["a"]}])
 def test_fields_that_contradict_the_window_are_refused(more):
     values = small_config(sliding_window=5).to_dict("float32") | more
     with pytest.raises(ValueError, match=f"config.json: {next(iter(more))} = .* with sliding_window = 5"):
@@ -397,12 +370,6 @@ def test_qwen_with_windows_in_some_layers_is_refused():
     )
     with pytest.raises(ValueError, match="config.json: use_sliding_window"):
         ModelConfig.from_dict(values | {"use_sliding_window": True})
-
-
-def test_rotary_settings_in_two_places_are_refused():
-    two = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    with pytest.raises(ValueError, match="config.json: rope_scaling.*given once"):
-        ModelConfig.from_dict(small_config().to_dict("float32") | two)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -437,12 +404,10 @@ def test_fields_that_are_off_are_ignored():
         "qk_norm": False,
         "num_experts": 0,
         "layer_types": None,
-        "no_rope_layers": [],
         "rope_scaling": None,
         "tokenizer_class": "LlamaTokenizerFast",
         "pretraining_tp": 2,
         "partial_rotary_factor": 1.0,
-        "logits_scaling": 1,
     }
     assert ModelConfig.from_dict(values | more) == small_config()
     unscaled = {
@@ -462,7 +427,6 @@ def test_files_that_are_no_configuration_are_refused_by_name(tmp_path):
         ModelConfig.from_pretrained(tmp_path)
     for text, message in (
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
         ("1" * 5000, "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "no model_type"),

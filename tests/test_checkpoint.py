@@ -21,7 +21,7 @@ from spin.engine.files import file_digest
 from spin.engine.metrics import Log
 from spin.engine.optimizer import RMSprop
 from spin.engine.signals import Stopped
-from spin.opponent import score
+from spin.reference import score
 from spin.trainer import train
 from tests.helpers import PART, ROOT, metrics, pairs, small_config, small_model
 

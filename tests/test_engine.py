@@ -1,8 +1,8 @@
 """A step's loss and every gradient are the naive way's: transformers, one sequence at a time, two models,
 fp32.
 
-On any token budget, chunk, checkpointing setting and number of ranks, for every loss. The ranks are processes
-of gloo.
+On any token budget, chunk, checkpointing setting and number of ranks, for every loss, with two generated
+responses a prompt. The ranks are processes of gloo.
 """
 
 import json
@@ -19,10 +19,11 @@ from model.weights import save_model
 from spin.config import Train
 from spin.engine.distributed import ranks, sharded_model
 from spin.engine.optimizer import RMSprop
-from spin.opponent import score
+from spin.loss import LOSSES
 from spin.packing import Item
+from spin.reference import reference_logps, score
 from spin.trainer import Schedule, train
-from tests.helpers import free_port, naive_logps, random_ids, reference, small_model
+from tests.helpers import free_port, naive_logps, naive_loss, random_ids, reference, small_model
 
 BASE = dict(
     batch_size=5,
@@ -47,27 +48,27 @@ CASES = {
     "full checkpointing": {"activation_checkpointing": "full", "loss": "hinge"},
     "one reduction a step": {"unsharded_gradients": True, "token_budget": 25},
     "clipped": {"max_grad_norm": 0.5},
+    **{
+        f"{loss}, another reference": {"loss": loss, "reference": "base", "mu": 1.7}
+        for loss in ("ipo", "per-token", "sppo", "gsil", "space")
+    },
+    "t-spin, no reference": {"loss": "t-spin", "reference": "none", "mu": 0.4, "token_budget": 25},
 }
 WORLDS = {"1 rank": (1, 0), "2 ranks": (2, 0), "4 ranks": (4, 0), "2 x 2 ranks (HSDP)": (4, 2)}
 SHARD_SIZES = {1: (0,), 2: (0,), 4: (0, 2)}  # by number of ranks: the same processes run both meshes
-FORMULAS = {
-    "logistic": lambda t: -torch.nn.functional.logsigmoid(t),
-    "hinge": lambda t: torch.relu(1 - t),
-    "exponential": lambda t: torch.exp(-t),
-    "correlation": lambda t: 1 - t,
-}
 
 
 def pairs() -> list[Item]:
-    """Eight pairs: a step of an epoch has five, the next has three, fewer than there are ranks."""
+    """Eight prompts, two generated responses each: a step has five, the next three, fewer than ranks."""
     rng = random.Random(0)
 
     def draw(length):
         return random_ids(rng, length)
 
-    return [
-        Item(draw(rng.randint(1, 9)), (draw(rng.randint(1, 9)), draw(rng.randint(1, 9)))) for _ in range(7)
-    ] + [Item(draw(20), (draw(10), draw(12)))]
+    items = [
+        Item(draw(rng.randint(1, 9)), tuple(draw(rng.randint(1, 9)) for _ in range(3))) for _ in range(7)
+    ]
+    return [*items, Item(draw(20), (draw(10), draw(12), draw(3)))]
 
 
 class Recording(RMSprop):
@@ -87,12 +88,17 @@ def run_cases(directory: Path, cases: dict, shard_size: int = 0) -> None:
             part = Train(**BASE | changes)
             model = sharded_model(directory / "opponent", group, torch.float32, part.activation_checkpointing)
             opponent = score(model, items, part.token_budget, part.logit_chunk, group)
+            reference = opponent
+            if part.reference != "opponent":
+                base = sharded_model(directory / "base", group, torch.float32)
+                base = score(base, items, part.token_budget, part.logit_chunk, group)
+                reference = reference_logps(part, None, base, items)
             made = []
             spin.trainer.make_optimizer = lambda part, parameters: (
                 made.append(Recording(parameters, part.lr)) or made[0]
             )
             run = directory / f"shards of {shard_size}" / name.replace(" ", "-")
-            train(part, model, items, opponent, run, group)
+            train(part, model, items, reference, run, group, opponent)
             if group.first:
                 log = [json.loads(line) for line in open(run / "metrics.jsonl")]
                 torch.save(
@@ -115,7 +121,8 @@ def launched(tmp_path_factory):
     @cache
     def launch(world_size: int) -> Path:
         directory = tmp_path_factory.mktemp("engine")
-        save_model(small_model(), directory / "opponent", torch.float32)
+        for seed, name in enumerate(("opponent", "base")):
+            save_model(small_model(seed), directory / name, torch.float32)
         ports = [free_port() for _ in SHARD_SIZES[world_size]]
         torch.multiprocessing.spawn(as_rank, (world_size, ports, directory), nprocs=world_size)
         return directory
@@ -130,42 +137,56 @@ def results(request, launched) -> Path:
 
 
 @pytest.fixture(scope="module")
-def naive() -> dict[tuple, list]:
-    """{(loss, limit): [(loss, norm, gradients) of each step]} of two models of transformers and torch's
-    RMSprop.
-    """
-    found = {}
-    for loss, limit in [*((loss, 1e9) for loss in FORMULAS), ("logistic", 0.5)]:
-        part, items, formula = Train(**BASE | {"loss": loss, "max_grad_norm": limit}), pairs(), FORMULAS[loss]
-        policy, frozen = reference(small_model()), reference(small_model())
+def naive():
+    """[(loss, norm, gradients) of each step] of a case, by two models of transformers and torch's RMSprop."""
+    items, found = pairs(), {}
+    opponent, base = ([naive_logps(frozen(seed), item) for item in items] for seed in (0, 1))
+    zeros = [[torch.tensor(0.0)] * 3] * len(items)
+
+    def run(part: Train) -> list:
+        reference_of = {"opponent": opponent, "base": base, "none": zeros}[part.reference]
+        policy, schedule, result = reference(small_model()), Schedule(part, len(items)), []
         optimizer = torch.optim.RMSprop(policy.parameters(), lr=part.lr, alpha=0.99, eps=1e-8)
         names = [name for name, _ in small_model().named_parameters()]
-        schedule, found[loss, limit] = Schedule(part, len(items)), []
         for step in range(schedule.stop):
-            values = []
-            for i in schedule.batch(step):
-                real, generated = naive_logps(policy, items[i])
-                with torch.no_grad():
-                    real_0, generated_0 = naive_logps(frozen, items[i])
-                values.append(formula(part.beta * ((real - real_0) - (generated - generated_0))))
-            total = torch.stack(values).mean()
+            batch = schedule.batch(step)
+            losses = [
+                naive_loss(part, items[i], naive_logps(policy, items[i]), reference_of[i]) for i in batch
+            ]
+            total = torch.stack(losses).mean()
             optimizer.zero_grad()
             total.backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), part.max_grad_norm).item()
             gradients = dict(policy.named_parameters())
-            found[loss, limit].append((total.item(), norm, [gradients[name].grad.clone() for name in names]))
+            result.append((total.item(), norm, [gradients[name].grad.clone() for name in names]))
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(step)
             optimizer.step()
-    return found
+        return result
+
+    def of(case: str) -> list:
+        part = Train(**BASE | CASES[case])
+        key = (part.loss, part.max_grad_norm, part.reference)
+        found[key] = found.get(key) or run(part)
+        return found[key]
+
+    return of
+
+
+def frozen(seed: int):
+    return reference(small_model(seed)).requires_grad_(False)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_the_naive_ways(results, naive, case):
     logged, gradients = torch.load(results / case.replace(" ", "-") / "result.pt")
-    wanted = naive[CASES[case].get("loss", "logistic"), CASES[case].get("max_grad_norm", 1e9)]
+    wanted = naive(case)
     assert len(logged) == len(gradients) == len(wanted) == 4
     for (loss, norm), ours, (expected, expected_norm, theirs) in zip(logged, gradients, wanted):
         assert loss == pytest.approx(expected, rel=1e-4) and norm == pytest.approx(expected_norm, rel=1e-4)
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_every_loss_is_among_the_cases():
+    assert {Train(**case).loss for case in CASES.values()} == set(LOSSES)

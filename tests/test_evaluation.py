@@ -5,7 +5,6 @@ MT-Bench, tables.
 import json
 import math
 import random
-import re
 import shutil
 
 import pyarrow
@@ -24,9 +23,9 @@ from spin.evaluation.documents import draw_examples
 from spin.evaluation.heldout import extract
 from spin.evaluation.mt_bench import CATEGORY_OF, TEMPERATURES, load_mt_bench, read_judgments
 from spin.evaluation.runner import load_tasks
-from spin.evaluation.scoring import Request, common_length, loglikelihoods, pack_tree
+from spin.evaluation.scoring import Request, loglikelihoods, pack_tree
 from spin.evaluation.statistics import mean_and_stderr, paired_test, pooled, sign_test
-from spin.evaluation.tasks import BENCHMARKS
+from spin.evaluation.tasks import BENCHMARKS, in_harness
 from tests.helpers import (
     ROOT,
     random_ids,
@@ -84,17 +83,6 @@ def test_what_requests_share_is_in_the_stream_once():
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 12]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 4]
     assert packed.at.tolist() == [4, 4, 3, 5] and packed.targets.tolist() == [10, 11, 12, 13]
-    behind = pack_tree(requests, prefix=shared[:3])
-    assert behind.tokens.tolist() == [8, 9, 12] and behind.segments.k_offsets == [0, 5, 10]
-
-
-def test_common_beginnings():
-    rng = random.Random(0)
-    for _ in range(300):
-        a, b = ([rng.randrange(2) for _ in range(rng.randrange(8))] for _ in range(2))
-        assert common_length(a, b) == next(
-            (i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))
-        )
 
 
 def test_few_shot_examples_are_pythons_draws_and_never_the_document():
@@ -106,8 +94,6 @@ def test_few_shot_examples_are_pythons_draws_and_never_the_document():
     for (_, row), chosen in zip(rows, draw_examples(rows, pool, 5, spare=True)):
         assert chosen == [i for i in rng.sample(range(12), 6) if pool[i][1] != row][:5]
     assert draw_examples(rows, pool, 3, first=True) == [[0, 1, 2]] * 3
-    with pytest.raises(ValueError, match="13 are needed"):
-        draw_examples(rows, pool, 12, spare=True)
 
 
 def test_generation_ends_where_a_stop_string_is_complete(letters):
@@ -254,18 +240,6 @@ def test_results_of_other_settings_are_refused(folder, out, change, message):
     assert message in evaluated(folder, out, *change, fails=True)
 
 
-def test_a_task_without_rows_may_start_with_other_settings(folder, tmp_path):
-    for out, rows in (("empty", []), ("begun", [{"doc": 0}])):
-        partial = tmp_path / out / "openbookqa.partial"
-        write_jsonl(partial / "rank0.jsonl", rows)
-        (partial / "inputs.json").write_text(json.dumps({"dtype": "bfloat16", "harness": "0.4.0"}))
-        (tmp_path / out / "summary.json").write_text(json.dumps({"tasks": {}, "records": {}}))
-    evaluated(folder, tmp_path / "empty", tasks="openbookqa")
-    assert len(results(tmp_path / "empty")["openbookqa"]) == 5
-    message = evaluated(folder, tmp_path / "begun", tasks="openbookqa", fails=True)
-    assert "openbookqa.partial" in message and "dtype = 'bfloat16', now 'float32'" in message
-
-
 def test_results_of_another_model_or_in_a_directory_of_other_things_are_refused(folder, out, tmp_path):
     assert "made with other model" in evaluated(folder, out, model="other", fails=True)
     assert "made with other model" in evaluated(folder, out, model="other", tasks="openbookqa", fails=True)
@@ -313,13 +287,12 @@ def test_what_a_model_is_too_short_for_is_refused_before_anything_runs(folder, t
     file.write_text(
         json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"max_position_embeddings": 40})
     )
-    for tasks, message in (
-        ("mmlu_virology,gsm8k", "gsm8k: the model reads 40 tokens: no room"),
-        ("mmlu_virology,truthfulqa_mc2", "truthfulqa_mc2: the model reads 40 tokens: less than a choice has"),
-    ):
-        output = evaluated(folder, tmp_path / "out", model=tmp_path / "short", tasks=tasks, fails=True)
-        assert re.search(message, output) and "token/s" not in output
-        assert not list((tmp_path / "out").glob("*.jsonl"))
+    tasks = "mmlu_virology,gsm8k"
+    output = evaluated(folder, tmp_path / "out", model=tmp_path / "short", tasks=tasks, fails=True)
+    assert "gsm8k: the model reads 40 tokens: no room" in output
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+    output = evaluated(folder, tmp_path / "out", model=tmp_path / "short", tasks="truthfulqa_mc2", fails=True)
+    assert "tokens in the choice" in output
 
 
 def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iteration_are_its_own(
@@ -364,45 +337,15 @@ def test_benchmarks_join_a_held_out_result_and_other_settings_of_another_iterati
     [
         (
             "arc_challenge",
-            ("ai2_arc", "ARC-Challenge", "test"),
-            lambda r: r[0]["choices"]["text"].pop(),
-            ":1: 3 choices for 4",
-        ),
-        (
-            "openbookqa",
-            ("openbookqa", "main", "test"),
-            lambda r: r[3]["choices"]["text"].__setitem__(1, None),
-            ":4: .*expected str",
-        ),
-        (
-            "arc_challenge",
-            ("ai2_arc", "ARC-Challenge", "test"),
-            lambda r: r[2].update(answerKey="Z"),
-            ":3: the answer key 'Z'",
-        ),
-        (
-            "arc_challenge",
             ("ai2_arc", "ARC-Challenge", "train"),
             lambda r: r[1].update(answerKey="9"),
-            "train.*:2: the answer",
+            "train.*:2: is it a row of allenai/ai2_arc",
         ),
         (
             "gsm8k",
             ("gsm8k", "main", "test"),
             lambda r: [row.pop("answer") for row in r],
-            "no 'answer', found 'question'",
-        ),
-        (
-            "winogrande",
-            ("winogrande", "winogrande_xl", "validation"),
-            lambda r: r[0].update(sentence="no gap"),
-            ":1:",
-        ),
-        (
-            "mmlu_virology",
-            ("mmlu", "virology", "test"),
-            lambda r: r[0].update(answer=4),
-            ":1: the right answer is number 4",
+            r"is it a row of openai/gsm8k\? KeyError\('answer'\)",
         ),
         ("mmlu_virology", ("mmlu", "virology", "dev"), lambda r: r[0]["choices"].pop(), "dev.*:1:"),
     ],
@@ -470,12 +413,6 @@ def test_two_models_are_compared_document_by_document(folder, out, tmp_path):
     assert "| truthfulqa_mc2 | acc | 5 |" in text
 
 
-def test_an_older_versions_evaluation_is_not_compared(out, tmp_path):
-    (tmp_path / "summary.json").write_text('{"tasks": {}, "origins": {}}')
-    with pytest.raises(ValueError, match="an older version's evaluation"):
-        compare(out, tmp_path)
-
-
 def test_tasks_that_were_not_evaluated_the_same_way_are_not_compared(folder, out, tmp_path):
     # its texts are the same
     evaluated(folder, tmp_path / "old", "--harness", "0.4.0", tasks="truthfulqa_mc2")
@@ -488,7 +425,7 @@ def test_tasks_that_were_not_evaluated_the_same_way_are_not_compared(folder, out
     write_jsonl(tmp_path / "part/winogrande.jsonl", [rows[0] | {"hash": "other"}, *rows[1:]])
     text = compare(out, tmp_path / "part")
     assert "winogrande (another documents or examples)" in text and "| arc_challenge | acc |" in text
-    with pytest.raises(FileNotFoundError, match="an evaluation's directory is needed"):
+    with pytest.raises(FileNotFoundError, match="summary.json"):
         compare(out, tmp_path)
 
 
@@ -510,7 +447,6 @@ def test_mt_benchs_answers_have_fastchats_form_and_the_second_turn_sees_the_firs
 def test_the_second_turn_is_asked_with_the_first_answer(folder):
     class Model:
         name, max_length, settings = "x-iter0", 4000, build({}).evaluate
-        tick = staticmethod(lambda cost: None)
 
         class tokenizer:
             encode_prompt = staticmethod(lambda messages, template: [json.dumps(messages)])
@@ -534,16 +470,16 @@ def test_the_second_turn_is_asked_with_the_first_answer(folder):
 
 
 def test_mc2_of_the_papers_harness_ends_at_the_first_false_answer():
-    task = BENCHMARKS["truthfulqa_mc2"]
     row = {"question": "q", "mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
     mass = [math.exp(-1), math.exp(-2), math.exp(-3)]
 
-    def measured(harness):
-        return task.measure(task.question(row), [-1.0, -2.0, -3.0], harness)["acc"]
+    def measured(harness, scores=(-1.0, -2.0, -3.0)):
+        task = in_harness("truthfulqa_mc2", harness)
+        return task.measure(task.question(row), scores)["acc"]
 
     assert measured("0.4.13") == pytest.approx((mass[0] + mass[2]) / sum(mass))
     assert measured("0.4.0") == pytest.approx(mass[0] / sum(mass))
-    assert math.isnan(task.measure(task.question(row), [-800.0, -900.0, -850.0], "0.4.13")["acc"])
+    assert math.isnan(measured("0.4.13", (-800.0, -900.0, -850.0)))
 
 
 def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
@@ -562,9 +498,8 @@ def test_judgments_are_read_back_without_the_failed_ones(tmp_path):
         "a": {"turn 1": 7, "turn 2": 4, "average": 6, "writing": 7, "roleplay": 4},
         "b": {"turn 1": 10, "average": 10},
     }
-    write_jsonl(tmp_path / "gpt-4_single.jsonl", [{"winner": "model_1"}])
-    with pytest.raises(ValueError, match="single.jsonl:1: a judgment needs"):
-        read_judgments(tmp_path)
+    write_jsonl(tmp_path / "gpt-4_pair.jsonl", [{"winner": "model_1"}])
+    assert set(read_judgments(tmp_path)) == {"a", "b"}
     write_jsonl(tmp_path / "claude_single.jsonl", scores)
     with pytest.raises(ValueError, match="one judge's judgments"):
         read_judgments(tmp_path)
@@ -601,7 +536,7 @@ def test_unknown_tasks_and_harnesses_are_refused():
 def test_the_tables_columns_are_the_papers():
     from spin.report.leaderboard import LEADERBOARD, PAPER
 
-    averages = {model: sum(row[task] for task, *_ in LEADERBOARD) / 6 for model, row in PAPER.items()}
+    averages = {model: sum(row[column[:2]] for column in LEADERBOARD) / 6 for model, row in PAPER.items()}
     # The paper states 64.05 of "SPIN then DPO", which is not the mean of its six numbers.
     assert [*averages.values()] == pytest.approx(
         [58.14, 60.80, 62.12, 62.97, 63.16, 61.31, 64.74, 57.23], abs=0.011

@@ -40,7 +40,7 @@ def test_the_pages_second_code_runs_an_iteration_of_a_recipe(tmp_path, monkeypat
 
 
 def test_it_runs_again_after_an_error(cell, tmp_path):
-    broken = cell.replace("logps, out, group)", "logps + 9 * torch.eye(4, 2), out, group)")
+    broken = cell.replace("opponent=logps)", "opponent=logps + 9 * torch.eye(4, 2))")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="policy and opponent differ"):
             exec(broken, {})

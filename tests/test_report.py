@@ -7,16 +7,20 @@ import sys
 
 import pytest
 
-from spin.report.leaderboard import DOCUMENTS, LEADERBOARD
+from spin.report.leaderboard import DOCUMENTS, LEADERBOARD, table
 from spin.report.results import evaluated, evaluations, with_others
-from spin.report.run import heldout_table, write_report
+from spin.report.run import HELDOUT, write_report
 from spin.talk import as_markdown, marked, side_by_side
 from tests.helpers import ROOT, write_jsonl
 
 
 def evaluation(directory, greedy, sampled):
     metrics = {"exact_match": greedy, "exact_match_sampled": sampled, "logp": -1.0}
-    metrics |= {f"{name}_stderr": 0.01 for name in metrics} | {"documents": 2, "harness": "own"}
+    metrics |= {f"{name}_stderr": 0.01 for name in metrics} | {
+        "documents": 2,
+        "few_shot": 0,
+        "harness": "own",
+    }
     row = {
         "prompt": "a|b",
         "target": "x",
@@ -57,6 +61,7 @@ def test_a_finished_run_beside_its_control(tmp_path):
     assert "| SPIN: iteration 1 | 0.300 ± 0.010 | 0.600 ± 0.010 |" in text
     assert "| continued SFT: iteration 1 | 0.200 ± 0.010 | 0.550 ± 0.010 |" in text
     assert text.count("\n| SFT model |") == 1  # of both
+    assert text.index("| SFT model |") < text.index("| SPIN: iteration 0 |")
     assert "| 1 | 30 | 0.5000 | 0.500 |" in text
     assert "| a\\|b | x | y z | y z | y z | y z |" in text  # the run's three models, the control's last
     assert is_picture(tmp_path / "accuracy.png") and is_picture(tmp_path / "training.png")
@@ -70,7 +75,7 @@ def test_a_run_under_way_shows_what_there_is(tmp_path, has_base):
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert ("accuracy.png" in text) == has_base and "training.png" in text
     assert list(evaluations(tmp_path)) == (["base"] if has_base else [])
-    assert heldout_table(evaluated(with_others([tmp_path]))).count("\n") == (2 if has_base else 0)
+    assert table(evaluated(with_others([tmp_path])), HELDOUT).count("\n") == (2 if has_base else 0)
 
 
 @pytest.mark.slow
@@ -174,8 +179,9 @@ def test_the_leaderboard_stands_beside_the_papers(tmp_path):
     assert "| iteration 0 |" + " 52.50 ± 5.00 |" * 6 + " 52.50 |" in text
     assert "| — the paper | 60.41 | 43.73 | 74.19 | 26.76 | 82.85 | 60.92 | 58.14 |" in text
     assert "| — difference | -10.90 | +3.32 | -20.19 | +17.40 | -31.88 | -7.53 | -8.30 |" in text
-    assert "| zephyr-7b-beta |" in text and "mmlu 14042 (2 truncated, 6 of its 57 subjects)" in text
-    assert "harness 0.4.0" in text and "arc_challenge 1172 (2 truncated" in text
+    assert "| zephyr-7b-beta |" in text
+    facts = "14042 | 5 | 0.4.0 | 2 truncated, 6 of its 57 subjects"
+    assert f"| mmlu | acc | {facts} | 50.000 ± 5.000 | 52.500 ± 5.000 | 60.000 ± 5.000 |" in text
     for name in ("average", "tasks"):
         assert f"({name}.png)" in text and is_picture(tmp_path / f"{name}.png")
 
@@ -184,7 +190,7 @@ def test_a_leaderboard_that_is_not_complete_shows_what_there_is(tmp_path):
     benchmark_results(tmp_path / "base/evaluation", 0)
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, ("arc_challenge", "openbookqa"))
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "| iteration 0 | 52.50 ± 5.00 |  |  |  |  |  |  |" in text and "openbookqa acc_norm" in text
+    assert "| iteration 0 | 52.50 ± 5.00 |  |  |  |  |  |  |" in text and "| model | OpenBookQA |" in text
     assert is_picture(tmp_path / "average.png")
 
 
@@ -194,8 +200,9 @@ def test_parts_of_the_tasks_are_not_set_against_the_papers_whole_ones(tmp_path):
     benchmark_results(tmp_path / "iter0/evaluation", 0.025, divisor=10)
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "| — difference |  |  |  |  |  |  |  |" in text and "| — difference | -10.41 |" in text
-    assert "SFT model: scored as" in text and "iteration 0: scored as" in text
-    assert "arc_challenge 117 (" in text
+    facts = "5 | 0.4.0 | 2 truncated, 6 of its 57 subjects"
+    assert f"| arc_challenge | acc | 1172 | {facts} | 50.000 ± 5.000 |  |" in text
+    assert f"| arc_challenge | acc | 117 | {facts} |  | 52.500 ± 5.000 |" in text
 
 
 def test_judgments_stand_in_the_report(tmp_path):
@@ -209,10 +216,12 @@ def test_judgments_stand_in_the_report(tmp_path):
     file = tmp_path / "mt_bench_judgment" / "gpt-4_single.jsonl"
     write_jsonl(file, verdicts)
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "| SFT model | 6.50 | 5.00 | 6.00 | 5.50 | 7.00 |  |" in text and "The paper" not in text
+    assert "| SFT model | 6.50 | 5.00 | 6.00 | 5.50 | 7.00 |  |" in text and "the paper" not in text
     (tmp_path / "iter0").mkdir()
     (tmp_path / "iter0/config.toml").write_text("[run]\npaper = true\n")
-    assert "6.78 for iteration" in write_report(tmp_path).read_text(encoding="utf-8")
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "| — the paper | 5.94 |\n| — difference | +0.06 |" in text  # table 6
+    assert "| — the paper |  |  | 5.94 |  |" in text
     assert not (tmp_path / "mt_bench.png").exists()  # not all categories
     verdicts += [dict(zip(("model", *keys), ("x-base", 1, number, 4))) for number in range(101, 161, 10)]
     write_jsonl(file, verdicts)
@@ -275,15 +284,29 @@ def test_models_in_beside_are_shown_with_their_held_out_answers_and_compared(tmp
     assert "## iteration 0 compared with x" in text and "| heldout | exact_match | 2 |" in text
 
 
+def test_models_along_the_way_have_rows_and_places_between_the_iterations(tmp_path):
+    for path in ("base", "iter0", "iter0/epoch1", "iter0/epoch5", "iter1"):
+        evaluation(tmp_path / path, 0.5, 0.25)
+    (tmp_path / "iter0/config.toml").write_text("[train]\nepochs = 2\n")
+    models = evaluated(with_others([tmp_path]))
+    # Two epochs are one iteration.
+    places = [("SFT model", 0), ("iteration 0", 1), ("iteration 1", 2)]
+    places += [("iteration 0, epoch 1", 0.5), ("iteration 0, epoch 5", 2.5)]
+    assert [(model.name, model.x) for model in models] == places
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "| iteration 0, epoch 5 | 0.250 ± 0.010 | 0.500 ± 0.010 |" in text
+    assert is_picture(tmp_path / "accuracy.png")
+
+
 def test_what_is_asked_for_wrongly_is_refused(tmp_path):
     evaluation(tmp_path / "a/base", 0.5, 0.25)
     (tmp_path / "b").mkdir()
     a, b = tmp_path / "a", tmp_path / "b"
     for arguments, message in (
-        ([tmp_path / "none"], "none: no such directory of a run or an evaluation"),
-        ([b], "b: no steps of self-play and no evaluation yet"),
-        ([a, a], "2 runs need names"),
-        ([a, a, "--names", "x,y,z"], "3 names for 2 runs"),
+        ([tmp_path / "none"], "none: no such run or evaluation, or it has nothing to report yet"),
+        ([b], "b: no such run or evaluation, or it has nothing to report yet"),
+        ([a, a], "'' for 2 runs: give one for each, or one for all"),
+        ([a, a, "--names", "x,y,z"], "'x,y,z' for 2 runs: give one for each"),
         ([a, a, "--names", "x,y"], "several runs need --out"),
     ):
         assert message in run_report(*arguments, fails=True)

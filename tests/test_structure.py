@@ -50,8 +50,10 @@ def test_imports_only_run_downwards_and_only_to_required_packages(part):
             )
 
 
-def test_the_loss_needs_torch_alone():
-    assert {name.split(".")[0] for name in imports(ROOT / "spin" / "loss.py")} == {"torch"}
+def test_the_loss_needs_torch_and_the_settings_alone():
+    needed = set(imports(ROOT / "spin" / "loss.py")) - sys.stdlib_module_names
+    assert {name.removesuffix(".nn.functional") for name in needed} == {"torch", "spin.config"}
+    assert set(imports(ROOT / "spin" / "config.py")) <= sys.stdlib_module_names
 
 
 def test_every_file_that_is_imported_is_importable_alone_and_prints_nothing():

@@ -125,21 +125,6 @@ def test_plain_prompt_is_the_message_and_a_line_end():
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_ids_are_those_of_sentencepiece_itself(mistral_tokenizer, text):
-    from sentencepiece import SentencePieceProcessor
-
-    assert mistral_tokenizer.encode(text) == SentencePieceProcessor(
-        model_file=str(mistral_tokenizer.file)
-    ).encode(text)
-
-
-@pytest.mark.parametrize("text", AWKWARD)
-def test_continuations_survive_the_way_there_and_back(mistral_tokenizer, text):
-    assert mistral_tokenizer.decode_continuation(mistral_tokenizer.encode_continuation(text)) == text
-    assert mistral_tokenizer.decode(mistral_tokenizer.encode(text)) == text
-
-
-@pytest.mark.parametrize("text", AWKWARD)
 def test_prompt_and_response_are_one_strings_tokens(mistral_tokenizer, text):
     # After the last control token, zephyr's prompt and response are one text; encoded whole, it must be the
     # same.
@@ -174,13 +159,9 @@ def test_zephyrs_own_template_gives_the_ids_of_the_built_in_one(mistral_tokenize
     assert tokenizer.encode_prompt(messages, "model") == tokenizer.encode_prompt(messages, "zephyr")
 
 
-def test_unknown_template_role_and_content_are_refused():
+def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match="'chatml' is not one of zephyr, instruction, plain"):
         render([{"role": "user", "content": "x"}], "chatml")
-    with pytest.raises(ValueError, match="role of system, user, assistant"):
-        render([{"role": "human", "content": "x"}], "zephyr")
-    with pytest.raises(ValueError, match="content"):
-        render([{"role": "user", "content": None}], "zephyr")
 
 
 def test_a_model_that_loses_line_ends_is_refused(tmp_path):
@@ -204,11 +185,6 @@ def test_a_tokenizer_json_that_cannot_be_read_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="tokenizer.json: tokenizers .* can't read it .*; copy it again, or"):
         Tokenizer(tmp_path)
-
-
-def test_a_text_that_is_not_unicode_is_refused(mistral_tokenizer):
-    with pytest.raises(ValueError, match=r"half a character.*'a\\ud800'"):
-        mistral_tokenizer.encode("a\ud800")
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_refused_by_name(tmp_path):

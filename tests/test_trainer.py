@@ -17,10 +17,10 @@ from spin.config import SFT, Train
 from spin.engine.distributed import Ranks, ranks, sharded_model
 from spin.engine.prepare import prepare_all
 from spin.engine.recipe import Recipe
-from spin.opponent import score
 from spin.packing import Item, pack, response_logps
+from spin.reference import score
 from spin.trainer import Schedule, train
-from tests.helpers import PART, ROOT, metrics, naive_logps, pairs, reference, small_model
+from tests.helpers import PART, ROOT, metrics, naive_logps, naive_loss, pairs, reference, small_model
 
 COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
 
@@ -300,11 +300,27 @@ def test_an_offline_wandb_run_has_what_the_log_has(tmp_path, group, monkeypatch)
             assert json.dumps(step[name]).encode() in stored.read_bytes()
 
 
-def test_a_first_loss_that_is_not_log_2_stops_the_run(tmp_path, group):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reference": "base", "loss": "sppo"}, {"reference": "mixture", "loss": "t-spin", "mu": 0.3}],
+)
+def test_a_first_step_of_another_model_than_the_opponent_stops_the_run(tmp_path, group, changes):
+    """The error names the loss that the opponent's log-probs give; log 2 where it is the reference."""
+    items, part = pairs(4, responses=3), Train(**PART | changes)
+    models = (reference(small_model(seed)).requires_grad_(False) for seed in (0, 1, 2))
+    logps = ([naive_logps(model, item) for item in items] for model in models)
+    own, opponent, base = (torch.tensor(values) for values in logps)
+    used = {"opponent": opponent, "base": base, "mixture": (opponent + base) / 2}[part.reference]
+    losses = [naive_loss(part, *of_item) for of_item in zip(items, opponent, used)]
+    expected = f"{torch.stack(losses).mean():.4f}"
+    assert changes or expected == "0.6931"
     save_model(small_model(), tmp_path / "m", torch.float32)
-    model = sharded_model(tmp_path / "m", group, torch.float32)
-    with pytest.raises(RuntimeError, match="policy and opponent differ by .* the loss is .*, not 0.6931"):
-        train(Train(**PART), model, pairs(4), torch.zeros(4, 2), tmp_path / "run", group)
+    model, run = sharded_model(tmp_path / "m", group, torch.float32), (tmp_path / "run", group)
+    with pytest.raises(
+        RuntimeError, match=f"policy and opponent differ by .* the loss is .*, not {expected}:"
+    ):
+        train(part, model, items, used, *run, opponent)
+    train(part, model, items, used, *run, own)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, group):

@@ -176,9 +176,16 @@ def exports(part: Optimization) -> dict[str, float]:
     return {"model" if end == part.epochs else f"epoch{end:g}/model": end for end in sorted(ends)}
 
 
+def to_export(part: Optimization, directory: Path) -> dict[str, float]:
+    """Those of `exports` that `directory` lacks. Training has passed one if a later one exists."""
+    models = exports(part)
+    existing = [place for place, name in enumerate(models) if (directory / name).is_dir()]
+    return dict([*models.items()][max(existing, default=-1) + 1 :])
+
+
 def bytes_to_write(directory: Path, architecture: ModelConfig, model: Model, part: Optimization) -> int:
     """Bytes that training in `directory` and the exports will write: 0 if all have been exported."""
-    missing = sum(not (directory / name).is_dir() for name in exports(part))
+    missing = len(to_export(part, directory))
     if not missing:
         return 0
     with torch.device("meta"):

@@ -28,7 +28,8 @@ def parse(
 ) -> tuple[argparse.Namespace, Recipe]:
     """The parsed arguments, and the recipe with their overrides and `more`."""
     known, overrides = arguments.parse_known_args(argv)
-    return known, Recipe(known.config, [*overrides, *more])
+    forked = [f"--run.fork={known.fork}"] if getattr(known, "fork", None) else []
+    return known, Recipe(known.config, [*overrides, *forked, *more])
 
 
 def iterations(text: str, base: bool = False) -> list[int]:

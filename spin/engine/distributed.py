@@ -65,10 +65,8 @@ class Ranks:
         """Peak memory in bytes: torch's tensors on this rank's GPU, or the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status")
-        if status.is_file():
-            return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def barrier(self) -> None:
         dist.barrier()

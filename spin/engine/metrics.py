@@ -80,7 +80,7 @@ class Log:
 
 def read_log(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl, also while it is being written; none if it doesn't exist."""
-    return [row for _, row in read_jsonl(path, "step", whole_lines=True)] if path.is_file() else []
+    return [row for _, row in read_jsonl(path, whole_lines=True)] if path.is_file() else []
 
 
 @contextmanager

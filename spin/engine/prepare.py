@@ -35,7 +35,9 @@ class Prepared:
     architecture: ModelConfig
     tokenizer: Tokenizer
     examples: list[Example]  # prompts with real responses; with data.pairs, pairs
-    dropped: Counter  # examples that data.empty = "drop" left out, by cause
+    counts: (
+        Counter  # examples that data.empty = "drop" left out, by cause; prompts that repeat an earlier one
+    )
 
     @property
     def config(self) -> Config:
@@ -64,6 +66,17 @@ class Prepared:
     def generates(self) -> bool:
         """Whether the opponent writes responses."""
         return self.spin and not self.config.data.pairs
+
+    @property
+    def scores_base(self) -> bool:
+        """Whether the reference is the base model, or has a part of it, and that isn't the opponent."""
+        return self.spin and self.n > 0 and self.config.train.reference in ("base", "mixture")
+
+    @property
+    def scores_opponent(self) -> bool:
+        """Whether the reference is the opponent, or has a part of it."""
+        reference = self.config.train.reference
+        return self.spin and (reference in ("opponent", "mixture") or reference == "base" and not self.n)
 
 
 def prepare_all(recipe: Recipe, iterations: list[int]) -> list[Prepared]:
@@ -105,18 +118,18 @@ def prepare(recipe: Recipe, n: int, before: Prepared | None = None) -> Prepared:
     for used in parts:
         dtype = getattr(torch, used.dtype)
         choose_backend(config.model.attention, this_device().type, dtype, architecture.head_dim)
-    dropped: Counter = Counter()
+    counts: Counter = Counter()
     if before is None or before.config.data != config.data or (before.n < 0 and config.data.pairs):
-        examples = own_examples(config, n, dropped)
+        examples = own_examples(config, n, counts)
     else:
-        dropped = before.dropped
+        counts = before.counts
         examples = choose(before.examples, config.data) if before.n < 0 else before.examples
     if any(getattr(used, "template", "") == "model" for used in parts):
         # The template may be missing or refuse some roles: try the first example of each sequence of roles.
         kinds = {tuple(turn["role"] for turn in example.prompt): example for example in reversed(examples)}
         encode_prompts(kinds.values(), tokenizer, "model", config.data, Counter())
 
-    p = Prepared(n, recipe, source, architecture, tokenizer, examples, dropped)
+    p = Prepared(n, recipe, source, architecture, tokenizer, examples, counts)
     check_claim(p.directory, settings(p), flat(Config()))
     Schedule(part, len(examples) - len(held_out_items(part, len(examples))))
     check_loggers(part)
@@ -182,40 +195,53 @@ def settings(p: Prepared) -> dict:
     return recorded(p.config, ("model", "data", "train") + ("generate",) * p.generates)
 
 
-def claim_directory(p: Prepared, replayed: list[Example]) -> dict:
+def claim_directory(p: Prepared, replayed: list[list[Example]]) -> dict:
     """Record settings and inputs, or raise ValueError if the directory has others. Returns the inputs."""
     model = fingerprint(p.source) if isinstance(p.source, Path) else "random weights"
     inputs = {"init" if p.n < 0 else "opponent": model, "data": digest(p.examples)}
-    inputs |= {"tokenizer": file_digest(p.tokenizer.file)} if p.n < 0 else {"replayed": digest(replayed)}
+    if p.n < 0:
+        inputs["tokenizer"] = file_digest(p.tokenizer.file)
+    else:
+        inputs["replayed"] = digest([example for pairs in replayed for example in pairs])
+    if p.scores_base:
+        inputs["base"] = fingerprint(p.config.base)
     claim(p.directory, settings(p) | inputs, flat(Config()))
     if not (p.directory / "config.toml").is_file():
         write_whole(p.directory / "config.toml", to_toml(p.config))
     return inputs
 
 
-def earlier_pairs(p: Prepared) -> list[Example]:
-    """The pairs of the train.replay iterations before this one: generated, or given by data.pairs.
+def earlier_pairs(p: Prepared) -> list[list[Example]]:
+    """The pairs of each of the train.replay iterations before this one: generated, or given by data.pairs.
 
     Given pairs are not replayed where this iteration is given the same ones.
     """
-    result: list[Example] = []
+    result: list[list[Example]] = []
     for k in range(max(0, p.n - p.config.train.replay), p.n):
         config = p.recipe.at(k)
         if config.train.objective == "spin" and not config.data.pairs:
-            result += read_pairs(config.iteration_dir(k) / "generated", {}, config.data)
+            result.append(generated_pairs(config, k))
         elif not config.data.pairs or config.data.pairs != p.config.data.pairs:
-            result += own_examples(config, k, Counter())
+            result.append(own_examples(config, k, Counter()))
+    samples = p.config.generate.samples if p.generates else 1
+    if p.spin and any(len(example.generated) != samples for pairs in result for example in pairs):
+        raise ValueError("replayed iterations have another generate.samples; set train.replay = 0")
     return result
 
 
-def own_examples(config: Config, n: int, dropped: Counter) -> list[Example]:
+def generated_pairs(config: Config, n: int) -> list[Example]:
+    """The pairs that iteration n generated."""
+    return read_pairs(config.iteration_dir(n) / "generated", {}, config.data)
+
+
+def own_examples(config: Config, n: int, counts: Counter) -> list[Example]:
     """An iteration's prompts with real responses; with data.pairs its pairs; of the base, all of data.path.
 
-    `dropped` counts the examples that data.empty = "drop" leaves out.
+    `counts`: as of `load_examples`.
     """
     pairs = n >= 0 and bool(config.data.pairs)
     path = config.data.pairs if pairs else config.data.path
     if not path:
         raise ValueError("neither data.path nor data.pairs is set: there is nothing to train on")
-    examples = load_examples(path, config.data, dropped, pairs)
+    examples = load_examples(path, config.data, counts, pairs)
     return examples if pairs or n < 0 else choose(examples, config.data)

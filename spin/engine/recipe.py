@@ -32,10 +32,13 @@ _CHOICES = {  # by key, in every section
     "activation_checkpointing": tuple(RECOMPUTED),
     "objective": ("spin", "sft"),
     "loss": tuple(LOSSES),
+    "reference": ("opponent", "base", "mixture", "none"),
+    "replay_share": ("all", "equal"),
 }
 _POSITIVE = {"max_length", "max_new_tokens", "batch_size", "epochs", "max_grad_norm", "token_budget"}
-_POSITIVE |= {"logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every"}
+_POSITIVE |= {"mu", "samples", "logit_chunk", "checkpoint_every", "keep_checkpoints", "heldout_every"}
 _NOT_NEGATIVE = {"shard_size", "num_prompts", "temperature", "top_k", "slots", "lr", "schedule_epochs"}
+_SHARES = {"top_p", "share", "alpha"}
 _NOT_NEGATIVE |= {"beta", "replay", "heldout_pairs", "limit", "export_every", "continue_to"}
 
 
@@ -91,8 +94,10 @@ def build(values: dict[str, object]) -> Config:
             raise ValueError(f"{name} = {value!r} is not a finite number of 64 bits")
         if (key in _POSITIVE and value <= 0) or (key in _NOT_NEGATIVE and value < 0):
             raise ValueError(f"{name} = {value!r} is out of range")
-        if key == "warmup" and not 0 <= value < 1 or key == "top_p" and not 0 < value <= 1:
-            raise ValueError(f"{name} = {value!r} is out of range, [0, 1) of a warmup and (0, 1] of a top_p")
+        if key == "warmup" and not 0 <= value < 1 or key in _SHARES and not 0 < value <= 1:
+            raise ValueError(
+                f"{name} = {value!r} is out of range, {'[0, 1)' if key == 'warmup' else '(0, 1]'}"
+            )
         if key == "temperature" and 0 < value < LOWEST_TEMPERATURE:
             raise ValueError(f"{name} = {value!r} is too small; 0 is greedy")
     _check_combinations(config)
@@ -106,6 +111,10 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("run.dir is empty; it names the directory of all results")
     if config.generate.fixed_slots and not config.generate.slots:
         raise ValueError("generate.fixed_slots needs generate.slots, on which the text depends")
+    if config.generate.samples > 1 and not config.generate.temperature:
+        raise ValueError("generate.samples > 1 needs a temperature: greedy responses are all the same")
+    if config.train.loss == "t-spin" and data.pairs:
+        raise ValueError("train.loss = t-spin needs the base model's responses, which data.pairs has none of")
     if bool(data.prompt_column) != bool(data.response_column):
         raise ValueError("data.prompt_column and data.response_column go together: set both or none")
     if not 0 < data.max_prompt_length < data.max_length:

@@ -8,10 +8,19 @@ It is written before the first result. A later start with another record raises 
 without a record. `Rows` keeps what ranks produce one by one; other results are complete or absent (files.py).
 """
 
+import logging
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import safe_open
 
 from spin.engine.distributed import Ranks
-from spin.engine.files import no_link, read_json, read_jsonl, to_json, to_jsonl, write_whole
+from spin.engine.files import no_link, read_json, read_jsonl, to_json, to_jsonl, whole_directory, write_whole
+
+log = logging.getLogger("spin")
 
 RECORD = "inputs.json"
 NO_RESULT = (RECORD, "config.toml", ".lock")  # files that may exist before the record does
@@ -52,6 +61,46 @@ def check_record(directory: Path, recorded: dict, record: dict, results: str = "
         )
 
 
+def fork(source: Path, target: Path, first: int) -> None:
+    """Copy the base and the iterations before `first` of another run into a new one, weights as hard links.
+
+    Every rank may call it: the first one that is done counts. What `target` has is left alone.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such run to start from")
+    for name in ("base", *(f"iter{n}" for n in range(first))):
+        if (source / name).is_dir() and not (target / name).is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=target) as partial:
+                ignore = shutil.ignore_patterns("checkpoints")
+                shutil.copytree(source / name, f"{partial}/{name}", copy_function=_link, ignore=ignore)
+                with suppress(OSError):  # another rank was first
+                    os.rename(f"{partial}/{name}", target / name)
+
+
+def _link(source: str, target: str) -> None:
+    if source.endswith(".safetensors"):
+        with suppress(OSError):  # of another file system
+            return os.link(source, target)
+    shutil.copy2(source, target)
+
+
+def reuse(other: Path, directory: Path, record: dict) -> None:
+    """Copy a stage's finished directory from another run, unless it has another record."""
+    if not directory.is_dir() and (other / RECORD).is_file() and read_json(other / RECORD) == record:
+        with whole_directory(directory) as new:
+            shutil.copytree(other, new, dirs_exist_ok=True)
+        log.info("%s: taken from %s", directory, other)
+
+
+def reuse_logps(other: Path, file: Path, record: dict) -> None:
+    """Copy another run's log-probs, unless they have another record."""
+    if not file.is_file() and other.is_file():
+        with safe_open(other, framework="pt") as stored:
+            if stored.metadata() == record:
+                write_whole(file, other.read_bytes())
+
+
 def _difference(key: str, was, now) -> str:
     """ "train.lr = 5e-07, now 1e-07"; a long value is shown by its name only."""
     short = all(len(repr(value)) < 40 for value in (was, now))
@@ -78,7 +127,7 @@ class Rows:
     def _read(self) -> dict[int, dict]:
         rows: dict[int, dict] = {}
         for file in sorted(self.directory.glob("rank*.jsonl")):
-            for _, row in read_jsonl(file, "doc"):
+            for _, row in read_jsonl(file):
                 rows.setdefault(row["doc"], row)  # a rank that outlived a killed job may have written twice
         return rows
 

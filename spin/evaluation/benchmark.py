@@ -11,36 +11,27 @@ from spin.engine.files import file_digest
 from spin.evaluation.documents import Benchmark, Document
 from spin.evaluation.scoring import loglikelihoods, text_hash
 from spin.evaluation.statistics import means
-from spin.evaluation.task import CHARACTERS_PER_TOKEN, LoadedModel, Task
+from spin.evaluation.task import LoadedModel, Task
 
 
 def load_benchmark(benchmark: Benchmark, data: Path, limit: int, harness: str) -> Task:
     """A benchmark as a task. Raises FileNotFoundError with the download command, or ValueError."""
-    few_shot, documents = benchmark.shots(harness), benchmark.documents(data, limit, harness)
-    splits = [benchmark.source.split, benchmark.source.examples if few_shot else ""]
-    files = sorted({file for split in filter(None, splits) for file in benchmark.source.files(data, split)})
+    source, few_shot, documents = benchmark.source, benchmark.few_shot, benchmark.documents(data, limit)
+    splits = filter(None, {source.split, source.examples if few_shot else ""})
+    files = sorted(file for split in splits for file in source.files(data, split))
     digests = {str(file.relative_to(data)): file_digest(file) for file in files}
-    generated = benchmark.max_new_tokens
     return Task(
         benchmark.name,
         documents,
         {"data": digests, "harness": harness, "number of documents": len(documents)},
-        [_cost(benchmark, document) for document in documents],
-        partial(_generate if generated else _score, benchmark, documents, harness),
+        partial(_generate if benchmark.max_new_tokens else _score, benchmark, documents),
         partial(_summarise, documents, {"few_shot": few_shot, "harness": harness}),
-        generated,
-        "" if generated else max((choice for d in documents for choice in d.question.choices), key=len),
+        benchmark.max_new_tokens,
     )
 
 
-def _cost(benchmark: Benchmark, document: Document) -> float:
-    own = "" if benchmark.first else document.context  # else all documents share it
-    read = sum(map(len, (own, document.question.texts[0], *document.question.choices)))
-    return read / CHARACTERS_PER_TOKEN + 4 * benchmark.max_new_tokens
-
-
 def _score(
-    benchmark: Benchmark, documents: Sequence[Document], harness: str, model: LoadedModel, docs: Sequence[int]
+    benchmark: Benchmark, documents: Sequence[Document], model: LoadedModel, docs: Sequence[int]
 ) -> Iterator[dict]:
     """Each choice is scored by its log-likelihood after the question."""
     requests, about = [], []
@@ -56,28 +47,25 @@ def _score(
         where, _, question = documents[docs[place]]
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"{where}: scores that are not finite; are the weights damaged?")
-        yield {"doc": docs[place]} | about[place] | benchmark.measure(question, scores, harness)
-        model.tick(_cost(benchmark, documents[docs[place]]))
+        yield {"doc": docs[place]} | about[place] | benchmark.measure(question, scores)
 
 
 def _generate(
-    benchmark: Benchmark, documents: Sequence[Document], harness: str, model: LoadedModel, docs: Sequence[int]
+    benchmark: Benchmark, documents: Sequence[Document], model: LoadedModel, docs: Sequence[int]
 ) -> Iterator[dict]:
     """An answer is generated greedily, up to a stop string."""
     tokenizer, limit = model.tokenizer, benchmark.max_new_tokens
     eos = [text for text, id in tokenizer.special.items() if id == tokenizer.eos_id]
-    stops = [*benchmark.stops[harness], *eos]  # also where it is spelled out
+    stops = [*benchmark.stops, *eos]  # also where it is spelled out
     asked = [documents[doc].context + documents[doc].question.texts[0] for doc in docs]
     prompts, most = [model.encoder.encode(text) for text in asked], model.max_length - limit
     ends = StopStrings(tokenizer, stops)
     for response in model.generate([ids[-most:] for ids in prompts], max_new_tokens=limit, stop=ends):
-        place, document = response.index, documents[docs[response.index]]
-        text = tokenizer.decode(response.ids)
+        place, text = response.index, tokenizer.decode(response.ids)
         for stop in stops:
             text = text.split(stop)[0]
         about = {"hash": text_hash([asked[place]]), "truncated": len(prompts[place]) > most}
-        yield {"doc": docs[place]} | about | benchmark.measure(document.question, text, harness)
-        model.tick(_cost(benchmark, document))
+        yield {"doc": docs[place]} | about | benchmark.measure(documents[docs[place]].question, text)
 
 
 def _summarise(documents: Sequence[Document], about: dict, rows: Sequence[dict]) -> dict:
@@ -93,7 +81,6 @@ class StopStrings:
         self.tokenizer, self.strings = tokenizer, strings
         self.reach = max(len(string.encode()) for string in strings)  # a token has at least one byte
         self.tails: dict[int, deque[int]] = {}  # newest tokens of each response
-        self.may_end: dict[int, bool] = {}  # whether a token can complete a string: most cannot
         special = tokenizer.special.items()  # these decode to nothing
         self.ends = {id for text, id in special if any(string in text for string in strings)}
 
@@ -102,10 +89,5 @@ class StopStrings:
         tail.append(token)
         if token in self.ends:
             return True
-        if token not in self.may_end:
-            text = self.tokenizer.decode_continuation([token])
-            self.may_end[token] = "\ufffd" in text or any(string[-1] in text for string in self.strings)
-        if not self.may_end[token]:
-            return False
         text = self.tokenizer.decode_continuation(tail)
         return any(string in text for string in self.strings)

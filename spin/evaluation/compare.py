@@ -19,20 +19,13 @@ def compare(a: Path, b: Path) -> str:
     The test is McNemar's exact one where a document is right or wrong, else the normal one on paired
     differences. Raises FileNotFoundError, or ValueError if no task was evaluated the same way in both.
     """
-    for directory in (a, b):
-        if not (directory / "summary.json").is_file():
-            raise FileNotFoundError(f"{directory}: no summary.json; an evaluation's directory is needed")
-    summaries = [read_json(directory / "summary.json") for directory in (a, b)]
-    if not all("records" in summary for summary in summaries):
-        raise ValueError(f"{a} or {b} is an older version's evaluation; run it again")
+    records = [read_json(directory / "summary.json").get("records", {}) for directory in (a, b)]
     lines: list[str] = []
     flips: list[str] = []
     others: list[str] = []
-    for name in summaries[0]["records"]:
-        if name not in summaries[1]["records"]:
-            continue
+    for name in (name for name in records[0] if name in records[1]):
         rows = [[row for _, row in read_jsonl(directory / f"{name}.jsonl")] for directory in (a, b)]
-        if differing := _differing(*(summary["records"][name] for summary in summaries), *rows):
+        if differing := _differing(*(record[name] for record in records), *rows):
             others.append(f"{name} (another {', '.join(differing)})")
             continue
         for metric in (metric for metric in METRICS if metric in rows[0][0]):
@@ -69,12 +62,12 @@ def _flips(what: str, a: list, b: list) -> list[str]:
 
 
 def _line(name: str, metric: str, a: list[float], b: list[float]) -> str:
-    means = [sum(values) / len(values) for values in (a, b)]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
     if all(isinstance(value, int) for value in a + b):
         lost, won = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
         counts, p = f"{lost} | {won}", sign_test(lost, won)
     else:
         counts, p = " | ", paired_test([y - x for x, y in zip(a, b)])
     shown = "" if math.isnan(p) else "<0.0001" if p < 1e-4 else f"{p:.4f}"
-    values = f"{means[0]:.4f} | {means[1]:.4f} | {means[1] - means[0]:+.4f}"
+    values = f"{mean_a:.4f} | {mean_b:.4f} | {mean_b - mean_a:+.4f}"
     return f"| {name} | {metric} | {len(a)} | {values} | {counts} | {shown} |"

@@ -7,16 +7,14 @@ Data sets are stored as `hf download` leaves them, in Parquet or JSONL with the 
 
 import random
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spin.data import read_rows
 
 FEW_SHOT_SEED = 1234  # lm-evaluation-harness's own
-# BIG-Bench Hard's own prompts, unchanged: cot-prompts/ of github.com/suzgunmirac/BIG-Bench-Hard (MIT).
-BBH_PROMPTS = Path(__file__).parent / "bbh"
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class Source:
 
     def files(self, data: Path, split: str) -> list[Path]:
         """The files of a split; none if it is missing."""
-        folder = data / self.name / self.configuration
-        found = [*folder.glob(f"{split}-*"), *folder.glob(f"{split}.*")]
+        found = (data / self.name / self.configuration).glob(f"{split}[-.]*")
         return sorted(file for file in found if file.suffix in (".parquet", ".jsonl"))
 
     def missing(self, data: Path) -> str:
@@ -43,24 +40,18 @@ class Source:
         absent = [split for split in (self.split, self.examples) if split and not self.files(data, split)]
         if not absent:
             return ""
-        command = self.command(data, ["--include", f"{self.configuration}/*"])
+        command = self.command(data, "--include", f"{self.configuration}/*")
         where = data / self.name / self.configuration
         return f"{where}: no {' and no '.join(absent)} split; get it by\n    {command}"
 
-    def command(self, data: Path, include: Sequence[str] = ()) -> str:
+    def command(self, data: Path, *include: str) -> str:
         """The shell command that downloads the data set."""
         download = ["hf", "download", "--repo-type", "dataset", self.repository]
         return shlex.join([*download, *include, "--local-dir", str(data / self.name)])
 
     def rows(self, data: Path, split: str) -> list[tuple[str, dict]]:
-        """("file:line", row) of a split in file order, without the columns that are null."""
-        read = (row for file in self.files(data, split) for row in read_rows(str(file)))
-        rows = [
-            (where, {key: value for key, value in row.items() if value is not None}) for where, row in read
-        ]
-        if not rows:
-            raise ValueError(f"{data}: no rows in {self.repository}'s {split} split")
-        return rows
+        """("file:line", row) of a split, in file order."""
+        return [row for file in self.files(data, split) for row in read_rows(str(file))]
 
 
 @dataclass(frozen=True)
@@ -89,21 +80,17 @@ class Benchmark:
 
     name: str
     source: Source
-    question: Callable[[dict], Question]  # of a row; raises ValueError for one that cannot be asked
-    measure: Callable[..., dict]  # (question, scores or text, harness) -> prediction, target and metrics
+    question: Callable[[dict], Question]  # of a row; raises an error for one that cannot be asked
+    measure: Callable[[Question, Any], dict]  # question, scores or text -> prediction, target and metrics
     few_shot: int = 0
     first: bool = False  # the examples are the first of their split instead of drawn at random
     spare: bool = False  # one more example is drawn, so that the document itself can be left out
     description: str = ""
-    prompt: str = ""  # of BBH_PROMPTS: a description with solved examples
+    prompt: Callable[[], str] | None = None  # a description with solved examples, read from a file
     max_new_tokens: int = 0  # of a generated answer; 0: choices are scored
-    stops: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by harness: strings that end an answer
+    stops: Sequence[str] = ()  # strings that end a generated answer
 
-    def shots(self, harness: str) -> int:
-        """Few-shot examples of a document. 0.4.0 dropped Winogrande's."""
-        return 0 if self.name == "winogrande" and harness == "0.4.0" else self.few_shot
-
-    def documents(self, data: Path, limit: int, harness: str) -> list[Document]:
+    def documents(self, data: Path, limit: int) -> list[Document]:
         """The first `limit` documents, 0 for all.
 
         Raises FileNotFoundError with the download command, or ValueError with file and row for a bad one.
@@ -111,17 +98,15 @@ class Benchmark:
         if missing := self.source.missing(data):
             raise FileNotFoundError(missing)
         rows = self.source.rows(data, self.source.split)
-        if self.name.startswith("bigbench"):
-            rows = [(where, row) for where, row in rows if row.get("multiple_choice_targets") != []]
+        # BIG-bench has rows without choices, which the harness leaves out.
+        rows = [(where, row) for where, row in rows if row.get("multiple_choice_targets") != []]
         rows = rows[: limit or None]
-        before, few_shot = self.description, self.shots(harness)
-        if self.prompt:
-            before = chain_of_thought(self.prompt, harness)
+        before = self.prompt() if self.prompt else self.description
         contexts = [before] * len(rows)
-        if few_shot and self.source.examples:
+        if self.few_shot and self.source.examples:
             pool = self.source.rows(data, self.source.examples)
             solved = [self._read(where, row).solved for where, row in pool]
-            chosen = draw_examples(rows, pool, few_shot, self.first, self.spare)
+            chosen = draw_examples(rows, pool, self.few_shot, self.first, self.spare)
             contexts = [before + "".join(solved[i] for i in places) for places in chosen]
         return [
             Document(where, context, self._read(where, row)) for (where, row), context in zip(rows, contexts)
@@ -129,28 +114,13 @@ class Benchmark:
 
     def _read(self, where: str, row: dict) -> Question:
         try:
-            question = self.question(row)
-            "".join((*question.texts, *question.choices)).encode()  # raises if one is not text
-            return question
-        except KeyError as error:
-            found = ", ".join(map(repr, row))
-            raise ValueError(f"{where}: no {error}, found {found}; is it {self.source.repository}?") from None
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{where}: {error}") from None
-
-
-def chain_of_thought(name: str, harness: str) -> str:
-    """The text before a question of BBH: what the task is, and three questions with reasoned answers."""
-    text = (BBH_PROMPTS / f"{name}.txt").read_text(encoding="utf-8").split("-----\n", 1)[1]  # after a notice
-    if harness != "0.4.0":  # begins all answers on a new line, which one file doesn't
-        text = text.replace("step by step. ", "step by step.\n")
-    return text + "\n\n"
+            return self.question(row)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: is it a row of {self.source.repository}? {error!r}") from None
 
 
 def draw_examples(rows: Sequence, pool: Sequence, count: int, first=False, spare=False) -> list[list[int]]:
     """Places in the pool of each document's examples, drawn from one stream of random numbers for all."""
-    if len(pool) < count + spare:
-        raise ValueError(f"{pool[0][0]}: {len(pool)} rows, {count + spare} are needed for {count} examples")
     if first:
         return [list(range(count))] * len(rows)
     rng = random.Random(FEW_SHOT_SEED)

@@ -3,16 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import partial
 
-import torch
-
 from spin.config import Data, Evaluate
-from spin.data import digest, encode_prompts, load_examples, tokenize
+from spin.data import Example, digest, encode_prompts, load_examples, tokenize
+from spin.evaluation.scoring import Request, loglikelihoods
 from spin.evaluation.statistics import means
-from spin.evaluation.task import CHARACTERS_PER_TOKEN, LoadedModel, Task
-from spin.packing import Item, pack, packed_batches, planned, response_logps
+from spin.evaluation.task import LoadedModel, Task
 
 SETTINGS = ("answer_pattern", "max_new_tokens", "temperature", "seed")  # that results depend on
 
@@ -24,27 +21,26 @@ def load_heldout(settings: Evaluate, data: Data, template: str) -> Task:
     _check_pattern(settings.answer_pattern)
     counts: Counter = Counter()
     examples = load_examples(settings.heldout, data, counts)[: settings.limit or None]
+    dropped = sum(count for what, count in counts.items() if "dropped" in what)
     record = {"documents": digest(examples), "number of documents": len(examples), "template": template}
     record |= {"lengths": [data.max_length, data.max_prompt_length]}
     record |= {key: getattr(settings, key) for key in SETTINGS}
-    costs = [len(e.question) / CHARACTERS_PER_TOKEN + 8 * settings.max_new_tokens for e in examples]
-    answer = partial(_answer, examples, costs, data, template)
-    return Task("heldout", examples, record, costs, answer, partial(_summarise, counts.total()))
+    answer = partial(_answer, examples, data, template)
+    return Task("heldout", examples, record, answer, partial(_summarise, dropped))
 
 
 def _check_pattern(pattern: str) -> None:
+    """Raise ValueError unless the pattern is empty or has one group."""
     try:
-        groups = re.compile(pattern).groups
+        groups = re.compile(pattern).groups if pattern else 1
     except re.error as error:
-        raise ValueError(
-            f"evaluate.answer_pattern = {pattern!r}: not a regular expression ({error})"
-        ) from None
-    if pattern and groups != 1:
+        raise ValueError(f"evaluate.answer_pattern = {pattern!r}: {error}") from None
+    if groups != 1:
         raise ValueError(f"evaluate.answer_pattern = {pattern!r} must have one group, not {groups}")
 
 
 def _answer(
-    examples, costs, data: Data, template: str, model: LoadedModel, docs: Sequence[int]
+    examples: Sequence[Example], data: Data, template: str, model: LoadedModel, docs: Sequence[int]
 ) -> Iterator[dict]:
     """Every prompt is answered greedily and by sampling, and the right answer is scored (logp, in nats)."""
     tokenizer, settings = model.tokenizer, model.settings
@@ -57,31 +53,21 @@ def _answer(
         sampling = {"temperature": temperature, "seed": settings.seed, "streams": docs}
         for response in model.generate(prompts, max_new_tokens=settings.max_new_tokens, **sampling):
             texts[response.index] = tokenizer.decode_continuation(response.ids)
-            model.tick(costs[docs[response.index]] / 2)
         return texts
 
-    greedy, sampled, logps = generate(0.0), generate(settings.temperature), _logps(model, items)
+    greedy, sampled = generate(0.0), generate(settings.temperature)
+    answers = [item.responses[0] for item in items]
+    requests = [[Request(item.prompt + answer, len(answer))] for item, answer in zip(items, answers)]
+    logps = dict(loglikelihoods(model.model, requests, settings.token_budget, settings.logit_chunk))
     for i, (doc, example) in enumerate(zip(docs, examples)):
-        answers = (greedy[i], sampled[i], example.real)
-        prediction, other, target = (extract(text, settings.answer_pattern) for text in answers)
+        texts = (greedy[i], sampled[i], example.real)
+        prediction, other, target = (extract(text, settings.answer_pattern) for text in texts)
         row = {"doc": doc, "prompt": example.question, "text": greedy[i], "sampled": sampled[i]}
         row |= {"prediction": prediction, "target": target, "exact_match": int(prediction == target)}
-        row |= {"exact_match_sampled": int(other == target), "logp": logps[i]}
+        row |= {"exact_match_sampled": int(other == target), "logp": logps[i][0]}
         prompt_cut = len(tokenizer.encode_prompt(example.prompt, template)) > len(prompts[i])
-        answer_cut = items[i].responses[0][-1] != tokenizer.eos_id
+        answer_cut = answers[i][-1] != tokenizer.eos_id
         yield row | {"prompt_cut": prompt_cut, "answer_cut": answer_cut}
-
-
-@torch.inference_mode()
-def _logps(model: LoadedModel, items: list[Item]) -> list[float]:
-    """log p(right answer | prompt) of each item."""
-    logps = torch.zeros(len(items))
-    plan = planned([range(len(items))], items, model.model.config, model.settings.token_budget)
-    batches = packed_batches(plan, lambda places: pack([items[i] for i in places]), model.ranks.device)
-    with closing(batches):
-        for batch, packed in batches:
-            logps[batch.items] = response_logps(model.model, packed, model.settings.logit_chunk).cpu()
-    return logps.tolist()
 
 
 def _summarise(dropped: int, rows: Sequence[dict]) -> dict:

@@ -35,21 +35,13 @@ def load_mt_bench(settings: Evaluate, data: Data, template: str) -> Task:
     file = Path(settings.data) / QUESTIONS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; get it by\n    curl --create-dirs -o {file} {URL}")
-    questions = []
-    for where, row in read_jsonl(file):
-        turns = row.get("turns")
-        texts = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
-        if "question_id" not in row or not texts:
-            raise ValueError(f"{where}: a question needs question_id, category and a list of turns")
-        questions.append(row)
-    questions = questions[: settings.limit or None]
+    questions = [row for _, row in read_jsonl(file)][: settings.limit or None]
     if template == "plain":
         log.warning("mt_bench: asked without a chat template; for a chat model set train.template")
     record = {"documents": file_digest(file), "number of documents": len(questions)}
     record |= {"template": template, "seed": settings.seed}
-    costs = [4 * MAX_NEW_TOKENS * len(row["turns"]) for row in questions]
     answer = partial(_answer, questions, template)
-    return Task("mt_bench", questions, record, costs, answer, _summarise, MAX_NEW_TOKENS)
+    return Task("mt_bench", questions, record, answer, _summarise, MAX_NEW_TOKENS)
 
 
 def _answer(
@@ -71,11 +63,9 @@ def _answer(
             doc = asked[response.index]
             text = model.tokenizer.decode_continuation(response.ids).strip()
             talks[doc].append({"role": "assistant", "content": text})
-            model.tick(4 * MAX_NEW_TOKENS)
             if turn == len(turns[doc]) - 1:
-                yield {"doc": doc} | _row(
-                    model.name, questions[doc], [said["content"] for said in talks[doc][1::2]]
-                )
+                answers = [said["content"] for said in talks[doc][1::2]]
+                yield {"doc": doc} | _row(model.name, questions[doc], answers)
 
 
 def _row(model: str, question: dict, answers: list[str]) -> dict:
@@ -97,15 +87,11 @@ def read_judgments(directory: Path) -> dict[str, dict[str, float]]:
 
     Judgments without a score (-1) are left out, as in FastChat's show_result.py.
     """
-    files = sorted(directory.glob("*.jsonl"))
+    files = sorted(directory.glob("*_single.jsonl"))
     if len(files) > 1:
         raise ValueError(f"{directory}: {len(files)} files; one judge's judgments are needed")
     scores: dict[str, dict[str, list[float]]] = {}
-    for where, row in (line for file in files for line in read_jsonl(file)):
-        if not {"model", "question_id", "score", "turn"} <= row.keys():
-            raise ValueError(
-                f"{where}: a judgment needs model, question_id, turn and score, as FastChat's have"
-            )
+    for _, row in (line for file in files for line in read_jsonl(file)):
         if row["score"] != -1:
             for key in filter(None, (f"turn {row['turn']}", "average", CATEGORY_OF.get(row["question_id"]))):
                 scores.setdefault(row["model"], {}).setdefault(key, []).append(row["score"])

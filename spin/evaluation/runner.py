@@ -6,7 +6,6 @@ metrics ("tasks") and what they depend on ("records"). A task in progress has it
 """
 
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -26,7 +25,7 @@ from spin.evaluation.heldout import load_heldout
 from spin.evaluation.mt_bench import load_mt_bench
 from spin.evaluation.scoring import Encoder
 from spin.evaluation.task import LoadedModel, Task
-from spin.evaluation.tasks import BENCHMARKS, GROUPS, HARNESSES, mmlu_groups, subjects_with_data
+from spin.evaluation.tasks import BENCHMARKS, GROUPS, HARNESSES, in_harness, mmlu_groups, subjects_with_data
 
 SLICE = 1024  # documents that are answered before all of their rows are written
 OWN = {"heldout": load_heldout, "mt_bench": load_mt_bench}
@@ -52,7 +51,8 @@ def _load(settings: Evaluate, data: Data, template: str) -> list[Task]:
                 tasks[name] = OWN[name](settings, data, template)
                 continue
             for member in subjects_with_data(folder) if name == "mmlu" else [name]:
-                tasks[member] = load_benchmark(BENCHMARKS[member], folder, settings.limit, settings.harness)
+                benchmark = in_harness(member, settings.harness)
+                tasks[member] = load_benchmark(benchmark, folder, settings.limit, settings.harness)
         except FileNotFoundError as error:
             missing.append(str(error))
     if missing:
@@ -85,8 +85,9 @@ def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> 
             record["bos"] = bos
     summary = ranks.from_first(lambda: _summary(directory, common, records))
     missing = [task for task in tasks if task.name not in summary["tasks"]]
-    for task in missing:
-        _check_length(task, tokenizer, ModelConfig.from_pretrained(model_dir).max_position_embeddings)
+    longest = ModelConfig.from_pretrained(model_dir).max_position_embeddings
+    if short := [task.name for task in missing if task.max_new_tokens >= longest]:
+        raise ValueError(f"{short[0]}: the model reads {longest} tokens: no room for an answer; leave it out")
     if missing:
         weights = load_model(model_dir, getattr(torch, settings.dtype), ranks.device, config.model.attention)
         name = _model_name(config, model_dir)
@@ -98,17 +99,6 @@ def evaluate(config: Config, model_dir: Path, directory: Path, ranks: Ranks) -> 
     return summary
 
 
-def _check_length(task: Task, tokenizer: Tokenizer, max_length: int) -> None:
-    """Raise ValueError if the model cannot read the task's longest choice, or has no room for an answer."""
-    if max_length <= task.max_new_tokens:
-        what = "no room for an answer"
-    elif len(tokenizer.encode(task.longest_choice)) > max_length - 2:  # a blank before it may be one token
-        what = f"less than a choice has: {task.longest_choice:.100}"
-    else:
-        return
-    raise ValueError(f"{task.name}: the model reads {max_length} tokens: {what}; leave it out")
-
-
 def _summary(directory: Path, common: dict, records: dict[str, dict]) -> dict:
     """The existing summary, or a new one. Raises ValueError if the results can't be resumed."""
     file = directory / "summary.json"
@@ -117,35 +107,34 @@ def _summary(directory: Path, common: dict, records: dict[str, dict]) -> dict:
             raise ValueError(f"{directory}: exists and is no evaluation; choose another, or remove it")
         write_whole(file, to_json({"tasks": {}, "records": {}}))
     summary = read_json(file)
-    if "records" not in summary:
-        raise ValueError(f"{directory}: an older version's evaluation; remove it to evaluate again")
     for name, record in summary["records"].items():  # a directory has results of one model
         check_record(directory, record, records.get(name, common), name)
     for partial in directory.glob("*.partial/"):
-        name, rows = partial.stem, [file for file in partial.glob("rank*.jsonl") if file.stat().st_size]
-        if name in summary["tasks"] or not rows:  # without rows, other settings may start
+        if partial.stem in summary["tasks"]:
             shutil.rmtree(partial)
-        elif name in records:
-            check_claim(partial, records[name])
+        elif partial.stem in records:
+            check_claim(partial, records[partial.stem])
     return summary
 
 
 def _run(model: LoadedModel, tasks: Sequence[Task], records: dict[str, dict], directory: Path) -> None:
-    """Run tasks one after the other, each with its documents dealt to the ranks by cost."""
-    ranks = model.ranks
-    total = sum(sum(task.costs) for task in tasks) / ranks.world_size
-    with ranks.progress(math.ceil(total), f"evaluate {model.name}", "token", unit_scale=True) as bar:
-        model.tick = bar.update
+    """Run tasks one after the other, each with its documents dealt to the ranks."""
+    ranks, total = model.ranks, sum(len(task.documents) for task in tasks)
+    with ranks.progress(total, f"evaluate {model.name}", "document") as bar:
+
+        def counted(rows: Iterator[dict]) -> Iterator[dict]:
+            for row in rows:
+                yield row
+                bar.update(min(ranks.world_size, total - bar.n))
+
         for task in tasks:
             bar.set_postfix({"task": task.name})
             rows = Rows(directory / f"{task.name}.partial", records[task.name], ranks)
-            bar.total -= sum(task.costs[doc] for doc in rows.done) / ranks.world_size
+            bar.update(len(rows.done))
             left = [doc for doc in range(len(task.documents)) if doc not in rows.done]
-            left.sort(key=lambda doc: -task.costs[doc])
-            rows.append(answers(task, model, sorted(left[ranks.rank :: ranks.world_size])))
+            rows.append(counted(answers(task, model, left[ranks.rank :: ranks.world_size])))
             ranks.barrier()
             ranks.from_first(lambda: _finish(directory, task, rows, records))
-        bar.update(bar.total - bar.n)
 
 
 def answers(task: Task, model: LoadedModel, docs: Sequence[int]) -> Iterator[dict]:

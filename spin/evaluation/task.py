@@ -11,8 +11,6 @@ from spin.config import Evaluate
 from spin.engine.distributed import Ranks
 from spin.evaluation.scoring import Encoder
 
-CHARACTERS_PER_TOKEN = 3.5  # about, in English
-
 
 @dataclass
 class LoadedModel:
@@ -24,7 +22,6 @@ class LoadedModel:
     tokenizer: Tokenizer
     encoder: Encoder
     ranks: Ranks
-    tick: Callable[[float], object] = lambda cost: None  # called with the cost of each finished document
 
     @property
     def max_length(self) -> int:
@@ -44,9 +41,7 @@ class Task:
     name: str
     documents: Sequence[Any]
     record: dict  # what the results depend on, except for the model: JSON values
-    costs: Sequence[float]  # approximate tokens of each document; a generated token counts several times
-    # (model, numbers of documents) -> a row for each, in any order, its number as "doc"; calls model.tick.
+    # (model, numbers of documents) -> a row for each, in any order, its number as "doc".
     answer: Callable[[LoadedModel, Sequence[int]], Iterator[dict]]
     summarise: Callable[[Sequence[dict]], dict]  # rows -> metrics, and what a reader must know about them
     max_new_tokens: int = 0  # of a generated answer; the model must read more
-    longest_choice: str = ""  # of those that are scored; the model must read it

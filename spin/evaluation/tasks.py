@@ -1,13 +1,14 @@
 """The table of benchmarks, with the functions that turn a row into a question and an answer into metrics.
 
-Everything is as in lm-evaluation-harness, in the version that `evaluate.harness` names: 0.4.13, or 0.4.0,
-the paper's (its commit 46c79664). To add a benchmark, add an entry to the table.
+Everything is as in lm-evaluation-harness 0.4.13; IN_0_4_0 has what differs in 0.4.0, the paper's (its commit
+46c79664). `evaluate.harness` names the version. To add a benchmark, add an entry to the table.
 """
 
 import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,18 +23,11 @@ HARNESSES = ("0.4.13", "0.4.0")
 
 
 def _question(text: str, choices: Sequence[str], *gold: int) -> Question:
-    if not all(0 <= number < len(choices) for number in gold):
-        raise ValueError(f"the right answer is number {gold[0]}, of {len(choices)} choices")
     return Question((text,) * len(choices), tuple(choices), gold)
 
 
 def _labelled(text: str, choices: dict, answer: str) -> Question:
-    texts, labels = choices["text"], choices["label"]
-    if answer not in labels:
-        raise ValueError(f"the answer key {answer!r} is none of the labels {labels}")
-    if len(texts) != len(labels):
-        raise ValueError(f"{len(texts)} choices for {len(labels)} labels")
-    return _question(text, texts, labels.index(answer))
+    return _question(text, choices["text"], choices["label"].index(answer))
 
 
 def _arc(row: dict) -> Question:
@@ -66,19 +60,15 @@ def _mmlu(row: dict) -> Question:
 
 
 def _bigbench(row: dict) -> Question:
-    target, choices = row["targets"][0], row["multiple_choice_targets"]
-    if target not in choices:
-        raise ValueError(f"the target {target!r} is none of the choices {choices}")
-    return _question(row["inputs"], choices, choices.index(target))
+    choices = row["multiple_choice_targets"]
+    return _question(row["inputs"], choices, choices.index(row["targets"][0]))
 
 
 def _truthfulqa(column: str, row: dict) -> Question:
-    choices, labels = row[column]["choices"], row[column]["labels"]
-    right = [i for i, label in enumerate(labels) if label == 1]
-    if len(choices) != len(labels) or not right:
-        raise ValueError(f"{column}: {len(choices)} choices, {len(labels)} labels, {len(right)} of them 1")
+    right = [i for i, label in enumerate(row[column]["labels"]) if label == 1]
     gold = right if column == "mc2_targets" else [0]
-    return _question(f"{_TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:", choices, *gold)
+    text = f"{_TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:"
+    return _question(text, row[column]["choices"], *gold)
 
 
 _TRUTHFULQA_EXAMPLES = """\
@@ -104,54 +94,55 @@ def _bbh(row: dict) -> Question:
     return Question((f"Q: {row['input']}\nA: Let's think step by step.\n",), (row["target"],))
 
 
-# Metrics: functions of a question, its scores or its generated text, and the harness.
+# Metrics: functions of a question and its scores or its generated text.
 
 
-def accuracy(question: Question, scores: Sequence[float], harness: str) -> dict:
+def accuracy(question: Question, scores: Sequence[float]) -> dict:
     """Whether the choice with the highest log-likelihood is right."""
     prediction = scores.index(max(scores))
     row = {"scores": list(scores), "prediction": prediction, "target": question.gold[0]}
     return row | {"acc": int(prediction in question.gold)}
 
 
-def normalised_accuracy(question: Question, scores: Sequence[float], harness: str) -> dict:
+def normalised_accuracy(question: Question, scores: Sequence[float]) -> dict:
     """Accuracy, also by log-likelihood per character; an empty choice is then never predicted."""
     by_length = [s / len(choice) if choice else -math.inf for s, choice in zip(scores, question.choices)]
     prediction = by_length.index(max(by_length))
     normalised = {"prediction_norm": prediction, "acc_norm": int(prediction in question.gold)}
-    return accuracy(question, scores, harness) | normalised
+    return accuracy(question, scores) | normalised
 
 
-def probability_of_truth(question: Question, scores: Sequence[float], harness: str) -> dict:
+def probability_of_truth(question: Question, scores: Sequence[float], in_0_4_0: bool = False) -> dict:
     """TruthfulQA's mc2: the true answers' share of the probability of all answers."""
     gold: Sequence[int] = question.gold
-    if harness == "0.4.0":  # takes the answers before the first false one as true
-        wrong = [i for i in range(len(scores)) if i not in gold]
-        gold = range(wrong[0]) if wrong else gold
+    if in_0_4_0:  # takes the answers before the first false one as true
+        gold = range(next((i for i in range(len(scores)) if i not in gold), len(scores)))
     mass = [math.exp(score) for score in scores]
     total = sum(mass)
     share = sum(mass[i] for i in gold) / total if total else math.nan
-    return accuracy(question, scores, harness) | {"target": list(question.gold), "acc": share}
+    return accuracy(question, scores) | {"target": list(question.gold), "acc": share}
 
 
-def final_number(question: Question, text: str, harness: str) -> dict:
+def final_number(question: Question, text: str, in_0_4_0: bool = False) -> dict:
     """GSM8K's exact match: strict, of the first number after ####; flexible, of the text's last number."""
-    answer = question.choices[0]
+    ignored = [",", r"\$", r"(?s).*#### ", *([] if in_0_4_0 else [r"\.$"])]
 
-    def same(prediction: str) -> int:
-        return int(_bare_number(prediction, harness) == _bare_number(answer, harness))
+    def bare(text: str) -> str:
+        for pattern in ignored:
+            text = re.sub(pattern, "", text)
+        return text.lower()
 
-    strict = _first_match(r"#### (\-?[0-9\.\,]+)", text)
+    answer, strict = question.choices[0], _first_match(r"#### (\-?[0-9\.\,]+)", text)
     row: dict = {"text": text, "prediction": strict, "target": answer.split("#### ")[-1]}
-    row["exact_match"] = same(strict)
-    if harness == "0.4.0":
+    row["exact_match"] = int(bare(strict) == bare(answer))
+    if in_0_4_0:
         return row  # has no flexible match
     numbers = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     last = next(filter(None, numbers[-1])).strip() if numbers else "[invalid]"
-    return row | {"prediction_flexible": last, "exact_match_flexible": same(last)}
+    return row | {"prediction_flexible": last, "exact_match_flexible": int(bare(last) == bare(answer))}
 
 
-def stated_answer(question: Question, text: str, harness: str) -> dict:
+def stated_answer(question: Question, text: str) -> dict:
     """BBH's exact match: of the line after the first "the answer is ", without its last character."""
     prediction, target = _first_match(r"(?<=the answer is )(.*)(?=.)", text), question.choices[0]
     row = {"text": text, "prediction": prediction, "target": target}
@@ -163,11 +154,16 @@ def _first_match(pattern: str, text: str) -> str:
     return found[1].strip() if found else "[invalid]"
 
 
-def _bare_number(text: str, harness: str) -> str:
-    """An answer without what exact match ignores."""
-    for pattern in (",", r"\$", r"(?s).*#### ", *([r"\.$"] if harness != "0.4.0" else [])):
-        text = re.sub(pattern, "", text)
-    return text.lower()
+def chain_of_thought(name: str, in_0_4_0: bool = False) -> str:
+    """The text before a question of BBH: what the task is, and three questions with reasoned answers.
+
+    BIG-Bench Hard's own prompts, unchanged: cot-prompts/ of github.com/suzgunmirac/BIG-Bench-Hard (MIT).
+    """
+    file = Path(__file__).parent / "bbh" / f"{name}.txt"
+    text = file.read_text(encoding="utf-8").split("-----\n", 1)[1]  # after a notice
+    if not in_0_4_0:  # begins all answers on a new line, which one file doesn't
+        text = text.replace("step by step. ", "step by step.\n")
+    return text + "\n\n"
 
 
 # The table.
@@ -196,8 +192,8 @@ _HELLASWAG = Source("Rowan/hellaswag", "data", "validation", "train")
 _OPENBOOKQA = Source("allenai/openbookqa", "main", "test", "train")
 _GSM8K = Source("openai/gsm8k", "main", "test", "train")
 _MC1, _MC2 = partial(_truthfulqa, "mc1_targets"), partial(_truthfulqa, "mc2_targets")
-_BBH_STOPS = dict.fromkeys(HARNESSES, ("</s>", "Q", "\n\n"))
-_GSM8K_STOPS = {"0.4.13": ("Question:", "</s>", "<|im_end|>"), "0.4.0": ("\n\n", "Question:")}
+_GSM8K_STOPS = ("Question:", "</s>", "<|im_end|>")
+_BBH = ("causal_judgement", "formal_fallacies", "sports_understanding")
 
 
 def _bigbench_task(name: str) -> Benchmark:
@@ -207,8 +203,8 @@ def _bigbench_task(name: str) -> Benchmark:
 
 def _bbh_task(name: str) -> Benchmark:
     task, source = f"bbh_cot_fewshot_{name}", Source("SaylorTwift/bbh", name, "test")
-    of_all = partial(Benchmark, question=_bbh, measure=stated_answer, few_shot=3)
-    return of_all(task, source, prompt=name, max_new_tokens=1024, stops=_BBH_STOPS)
+    settings: dict = {"prompt": partial(chain_of_thought, name), "max_new_tokens": 1024}
+    return Benchmark(task, source, _bbh, stated_answer, 3, stops=("</s>", "Q", "\n\n"), **settings)
 
 
 def _mmlu_task(subject: str) -> Benchmark:
@@ -231,9 +227,15 @@ _TABLE = [
     _bigbench_task("formal_fallacies_syllogisms_negation"),
     *map(_mmlu_task, MMLU),
     Benchmark("gsm8k", _GSM8K, _gsm8k, final_number, 5, max_new_tokens=256, stops=_GSM8K_STOPS),
-    *map(_bbh_task, ("causal_judgement", "formal_fallacies", "sports_understanding")),
+    *map(_bbh_task, _BBH),
 ]
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
+IN_0_4_0: dict[str, dict] = {
+    "truthfulqa_mc2": {"measure": partial(probability_of_truth, in_0_4_0=True)},
+    "winogrande": {"few_shot": 0},  # that version loses them
+    "gsm8k": {"measure": partial(final_number, in_0_4_0=True), "stops": ("\n\n", "Question:")},
+    **{f"bbh_cot_fewshot_{n}": {"prompt": partial(chain_of_thought, n, in_0_4_0=True)} for n in _BBH},
+}
 GROUPS = {
     "mmlu": ["mmlu"],  # the subjects with data
     "bigbench": [name for name in BENCHMARKS if name.startswith("bigbench")],
@@ -241,6 +243,11 @@ GROUPS = {
 }
 # GSM8K last: what takes long comes after what fails soon.
 GROUPS["leaderboard"] = ["arc_challenge", "truthfulqa_mc2", "winogrande", "hellaswag", "mmlu", "gsm8k"]
+
+
+def in_harness(name: str, version: str) -> Benchmark:
+    """A benchmark as a version of the harness has it."""
+    return replace(BENCHMARKS[name], **(IN_0_4_0.get(name, {}) if version == "0.4.0" else {}))
 
 
 def subjects_with_data(data: Path) -> list[str]:

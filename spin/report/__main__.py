@@ -10,36 +10,32 @@ import logging
 from pathlib import Path
 
 from spin.engine import cli
-from spin.report.results import with_others
-from spin.report.run import check_results, write_reports
+from spin.report.results import evaluations, with_others
+from spin.report.run import metrics, write_reports
 
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="a run or an evaluation: its directory"
+        "runs", type=Path, nargs="+", metavar="RUN", help="directory of a run or an evaluation"
     )
-    parser.add_argument(
-        "--names", default="", help="one for each, with commas, equal for seeds; or one for all"
-    )
-    parser.add_argument("--out", type=Path, help="where to write; for a single run, it is the run by default")
+    parser.add_argument("--names", default="", help="one for each, with commas, equal for seeds; or for all")
+    parser.add_argument("--out", type=Path, help="where to write; by default, a single run's directory")
     with cli.errors_in_words():
         options = parser.parse_args()
         runs, names = options.runs, options.names.split(",")
-        if len(names) == 1 and (names[0] or len(runs) == 1):
-            named = with_others(runs, names[0])
-        elif len(names) != len(runs):
-            have = f"{len(names)} names for {len(runs)} runs" if names[0] else f"{len(runs)} runs need names"
-            raise ValueError(f"{have}: --names a,b,… has one for each, or one for all, which are its seeds")
-        else:
-            named = {}
-            for name, run in zip(names, runs):
-                named.setdefault(name, []).append(run)
+        if len(names) not in (1, len(runs)) or (len(runs) > 1 and not all(names)):
+            have = f"--names {options.names!r} for {len(runs)} runs"
+            raise ValueError(f"{have}: give one for each, or one for all")
         if len(runs) > 1 and not options.out:
             raise ValueError("several runs need --out DIR, where the report is written")
         for run in runs:
-            check_results(run)
+            if not (evaluations(run) or metrics(run)):
+                raise ValueError(f"{run}: no such run or evaluation, or it has nothing to report yet")
+        named: dict[str, list[Path]] = with_others(runs, names[0]) if len(names) == 1 else {}
+        for name, run in zip(names, runs if len(names) > 1 else []):
+            named.setdefault(name, []).append(run)
         report = write_reports(named, options.out or runs[0])
         logging.getLogger("spin").info("%s", report)
 

@@ -1,5 +1,6 @@
 """The evaluated models of runs, by the runs' names. Runs of one name differ in their seeds."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -10,6 +11,7 @@ import numpy as np
 from spin.config import Config
 from spin.engine.files import read_json
 from spin.engine.recipe import flat, read_config
+from spin.evaluation.mt_bench import read_judgments
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,19 @@ class Model:
     """A row of the tables and a point of the figures: a model, in all the runs that have evaluated it."""
 
     run: str  # the name of its runs
-    step: str  # "base", "iteration 0", …; "" if its evaluation was given instead of a run
+    step: (
+        str  # "base", "iteration 0", "iteration 0, epoch 1"; "" if its evaluation was given instead of a run
+    )
     name: str  # its own, in tables
     directories: tuple[Path, ...]  # its evaluations, one for each seed
     tasks: tuple[dict, ...]  # {task: metrics} of each
     paper: str  # which of the paper's models it is (leaderboard.PAPER); "": none
+    x: float = math.nan  # its place in figures: 0 for the base, 1 for iteration 0, …; NaN without a step
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether training went on after it was exported."""
+        return ", epoch " in self.step
 
 
 def directories(run: Path) -> dict[str, Path]:
@@ -31,8 +41,8 @@ def directories(run: Path) -> dict[str, Path]:
 
 
 def setting(run: Path, name: str):
-    """A setting that the run's first iteration recorded, or its default."""
-    files = sorted(run.glob("iter*/config.toml"))
+    """A setting that the run's first iteration, or only its base, recorded; or its default."""
+    files = [*sorted(run.glob("iter*/config.toml")), *run.glob("base/config.toml")]
     return (flat(Config()) | (read_config(files[0]) if files else {}))[name]
 
 
@@ -48,36 +58,51 @@ def with_others(runs: Sequence[Path], name: str = "") -> dict[str, list[Path]]:
 
 
 def evaluations(run: Path) -> dict[str, Path]:
-    """{step: its evaluation} of a run; {"": run} if that is an evaluation itself."""
-    found = {step: directory / "evaluation" for step, directory in directories(run).items()}
-    return {step: path for step, path in ({"": run} | found).items() if (path / "summary.json").is_file()}
+    """{step: its evaluation} of a run and its models along the way; {"": run} if that is an evaluation."""
+    found = {"": run}
+    for step, directory in directories(run).items():
+        found[step] = directory / "evaluation"
+        for path in directory.glob("epoch*"):
+            found[f"{step}, epoch {path.name.removeprefix('epoch')}"] = path / "evaluation"
+    return {step: path for step, path in found.items() if (path / "summary.json").is_file()}
 
 
 def evaluated(named: dict[str, list[Path]]) -> list[Model]:
     """The evaluated models of named runs, those of each name in the order of their steps."""
     found = {name: [evaluations(run) for run in runs] for name, runs in named.items()}
     several = sum(any(set(steps) - {""} for steps in seeds) for seeds in found.values()) > 1
-    of_paper = any(setting(run, "run.paper") for runs in named.values() for run in runs)
+    runs = [run for of in named.values() for run in of]
+    of_paper = any(setting(run, "run.paper") for run in runs)
+    judged = {id: of for run in runs for id, of in read_judgments(run / "mt_bench_judgment").items()}
     models: list[Model] = []
     for run, seeds in found.items():
         own = setting(named[run][0], "run.paper") and setting(named[run][0], "train.objective") == "spin"
         for step in sorted({step for steps in seeds for step in steps}, key=by_number):
             paths = tuple(steps[step] for steps in seeds if step in steps)
             tasks = tuple(read_json(path / "summary.json")["tasks"] for path in paths)
+            for answered in (of["mt_bench"] for of in tasks if "mt_bench" in of):
+                answered |= judged.get(answered["model_id"], {})
             same = step == "base" and all(tasks == other.tasks for other in models if other.step == "base")
             name = ": ".join([run] * (several and not same) + [shown(step)]) if step else run
             name += f" ({len(paths)} of {len(seeds)} runs)" * (len(paths) < len(seeds))
-            paper = step if own else "" if step or not of_paper else run
-            models.append(Model(run, step, name, paths, tasks, paper))
+            paper = step if own else run if of_paper and step != "base" else ""
+            models.append(Model(run, step, name, paths, tasks, paper, position(step, named[run][0])))
     return models
 
 
 def shown(step: str) -> str:
-    return "SFT model" if step == "base" else step
+    return step.replace("base", "SFT model")
+
+
+def position(step: str, run: Path) -> float:
+    """A step's `Model.x`; its iteration's epochs divide the way from one iteration to the next."""
+    n, _, epoch = step.replace("base", "-1").removeprefix("iteration ").partition(", epoch ")
+    epochs = setting(run, "sft.epochs" if n == "-1" else "train.epochs")
+    return int(n) + float(epoch or epochs) / epochs if step else math.nan
 
 
 def by_number(step: str) -> tuple[int, str]:
-    """A key to sort steps: "base", "iteration 0", …, "iteration 10"."""
+    """A key to sort steps: "base", "iteration 0", …, "iteration 10", "iteration 0, epoch 1"."""
     return len(step), step
 
 
@@ -85,32 +110,26 @@ def having(models: Sequence[Model], tasks: Iterable[str]) -> list[Model]:
     """The models with a result of one of the tasks; a base that runs share once."""
     found: dict[str, Model] = {}
     for model in models:
-        if any(set(tasks) & set(of) for of in model.tasks):
+        if any({*tasks} & {*of} for of in model.tasks):
             found.setdefault(model.name, model)
-    return list(found.values())
+    return [*found.values()]
 
 
-def by_run(models: Sequence[Model], cells: np.ndarray) -> dict[str, dict]:
-    """{run: {step: its cell}} with one of the cells for each model."""
-    result: dict[str, dict] = {}
-    for model, cell in zip(models, cells):
-        result.setdefault(model.run, {})[model.step] = cell
-    return result
-
-
-def values(model: Model, columns: Sequence[Sequence[str]]) -> np.ndarray:
+def values(model: Model, columns: Sequence[Sequence]) -> np.ndarray:
     """Value and standard error, NaN if missing, of each column (task, metric, …), and the columns' mean.
 
-    Returns an array of (runs, columns + 1, 2).
+    Returns an array of (runs, columns + 1, 2): percent of benchmarks, others as they are.
     """
-    found = [[model_tasks.get(task, {}) for task, *_ in columns] for model_tasks in model.tasks]
-    keys = [(metric, f"{metric}_stderr") for _, metric, *_ in columns]
-    cells = [[[of.get(k, np.nan) for k in pair] for of, pair in zip(seed, keys)] for seed in found]
-    means = [[[np.mean([value for value, _ in seed]), np.nan]] for seed in cells]
-    return np.concatenate([cells, means], axis=1)
+    cells = np.full((len(model.tasks), len(columns) + 1, 2), np.nan)
+    for of, row in zip(model.tasks, cells):
+        for (task, metric, *_), cell in zip(columns, row):
+            found = [of.get(task, {}).get(key, np.nan) for key in (metric, f"{metric}_stderr")]
+            cell[:] = np.array(found) * (1 if task in ("heldout", "mt_bench") else 100)
+    cells[:, -1, 0] = cells[:, :-1, 0].mean(axis=1)
+    return cells
 
 
-def scores(models: Sequence[Model], columns: Sequence[Sequence[str]]) -> np.ndarray:
+def scores(models: Sequence[Model], columns: Sequence[Sequence]) -> np.ndarray:
     """(models, columns + 1, 2): the `spread` of each model's values."""
     return np.array([spread(values(model, columns)) for model in models])
 
