@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments, recipe = cli.parse(parser, argv)
         run, wanted = recipe.at(0).run, [-1] if arguments.sft else cli.iterations(arguments.iter)
         if run.fork:
-            fork(Path(run.fork), Path(run.dir), wanted[0])
+            fork(recipe.at(0), wanted[0])
         prepared = prepare_all(recipe, wanted)
         with ranks(run.shard_size) as group, only_process(Path(run.dir), group.first):
             for iteration in prepared:

@@ -43,12 +43,13 @@ from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampler import generate
+from spin.engine.batches import flops
 from spin.engine.checkpoint import Checkpoints
 from spin.engine.distributed import Ranks, pretended_ranks, ranks, sharded_model, this_device
 from spin.engine.files import read_json, to_json, write_whole
 from spin.engine.recipe import build
 from spin.evaluation.tasks import BENCHMARKS
-from spin.packing import Item, flops
+from spin.packing import Item
 from spin.plan import Plan, filling
 from spin.reference import score
 from spin.trainer import train

@@ -32,9 +32,10 @@ from benchmarks.model import memory_status
 from benchmarks.train import SMALL_VOCABULARY, loads, part
 from model.mistral import Mistral
 from model.weights import save_model
+from spin.engine.batches import flops
 from spin.engine.distributed import Ranks, ranks, sharded_model, whole
 from spin.engine.optimizer import make_optimizer
-from spin.packing import Item, flops
+from spin.packing import Item
 from spin.reference import score
 from spin.trainer import Objective, clip_gradient, update
 

@@ -27,11 +27,12 @@ from model.attention import Segments
 from model.kv_cache import KVCache
 from model.mistral import Mistral
 from model.sampling import sample
+from spin.engine.batches import flops, micro_batches
 from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole
 from spin.engine.recipe import build
 from spin.loss import spin_step
-from spin.packing import Item, flops, micro_batches, pack, response_logps, response_places
+from spin.packing import Item, pack, response_logps, response_places
 from spin.plan import Plan, norms_of_a_gpu
 from spin.trainer import backward, clip_gradient
 

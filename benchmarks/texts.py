@@ -28,8 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spin.data import read_rows
-from spin.engine.files import read_jsonl, to_jsonl
+from spin.engine.files import read_jsonl, read_rows, to_jsonl
 from spin.report.figures import curve, finish, save, subplots
 
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]*)>>")

@@ -34,10 +34,12 @@ from model.config import ModelConfig
 from model.mistral import Mistral
 from model.weights import save_model
 from spin.config import Train
+from spin.engine.batches import flops
 from spin.engine.distributed import ranks, sharded_model
-from spin.packing import Item, flops
+from spin.engine.schedule import Schedule
+from spin.packing import Item
 from spin.reference import score
-from spin.trainer import Schedule, train
+from spin.trainer import train
 
 SMALL_VOCABULARY = ModelConfig(
     vocab_size=2048,

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from miniature.world import PHRASINGS, answer
-from spin.config import Data
 from spin.data import Example
 from spin.engine import cli
 from spin.engine.files import to_jsonl, write_whole
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, _, function = options.score.partition(":")
     score = getattr(importlib.import_module(module), function)
     with cli.errors_in_words():
-        # A response is the last turn of its row, whatever data.turns was.
-        examples = read_pairs(options.generated, {}, Data(turns="last"))
+        examples = read_pairs(options.generated, {})
         pairs = list(contests(examples, score, options.with_real))
         if not pairs:
             raise ValueError(f"{options.generated}: only ties; sample more (--generate.samples=4)")

@@ -90,7 +90,7 @@ def run_seed(seed: int, folder: Path, figures: Sequence[str], overrides: Sequenc
         for size in SIZES:
             train(f"size{size}", "0", base, f"--data.num_prompts={size}", "--train.epochs=1")
         train("sft", "sft", f"--sft.epochs={SFT_EPOCHS}", "--sft.export_every=1")
-        script("evaluate.py", "--iter", "base", *settings, f"--run.dir={folder}/sft")
+        script("evaluate.py", "--iter", "base", *settings, f"--run.dir={folder}/sft", *overrides)
 
 
 def settings_of(seed: int, folder: Path) -> list[str]:
@@ -142,17 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="default: %(default)s")
-    parser.add_argument("--figures", default="2,3,4,5", help="default: %(default)s")
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=[*FIGURES], help="default: all")
     parser.add_argument("overrides", nargs="*", help="after --: settings of self-play")
     options = parser.parse_args()
-    figures = [name for name in options.figures.split(",") if name in FIGURES]
     folders = [options.out / f"seed{seed}" for seed in range(options.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(run_seed, *each, figures, options.overrides) for each in enumerate(folders)]
-        for run in runs:
+        more = options.figures, options.overrides
+        for run in [pool.submit(run_seed, *each, *more) for each in enumerate(folders)]:
             run.result()
     parts = [f"# The paper in miniature, {options.seeds} seeds", *options.overrides]
-    for name in figures:
+    for name in options.figures:
         parts += figure(name, folders, options.out)
     parts.append("Means over the seeds ± standard deviation between them, 1,000 held-out prompts each.")
     write_whole(options.out / "report.md", "\n\n".join(parts) + "\n")

@@ -1,7 +1,7 @@
 """SPIN and its variants in miniature, over several seeds: docs/variants.md.
 
     python -m miniature.variants --seeds 5 --out runs/variants      # `make variants`
-    python -m miniature.variants --only SPIN,IPO
+    python -m miniature.variants --only IPO "SPACE, μ = 1/2"        # and SPIN
 
 Each is run with several values of λ on the first two seeds, and with the best of them on all. All train the
 same number of steps on the same prompts; seeds have their own worlds and base models. Writes OUT/report.md
@@ -12,6 +12,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from miniature.paper import run_seed, script, settings_of
 from spin.engine.files import read_json, write_whole
 from spin.report.figures import COLORS, finish, save, subplots
-from spin.report.markdown import markdown
+from spin.report.markdown import markdown, number
 
 TUNING = 2  # seeds with several values of λ
 BETAS = (0.5, 1.0, 2.0, 4.0)
@@ -64,7 +65,7 @@ def run(seed: int, folder: Path, chosen: Mapping[str, Sequence[float]], bar: tqd
         source, iterations = (path("SPIN", beta), "1-3") if name in LATER else ("run", "0-3")
         directory = folder / path(name, beta)
         if name in LATER and not finished(folder / source):
-            run(seed, folder, {"SPIN": [beta]}, bar)
+            run(seed, folder, {"SPIN": [beta]}, tqdm(disable=True))
         if not finished(directory):
             where = ("--from", f"{folder}/{source}", "--iter", iterations, f"--run.dir={directory}")
             script("train.py", *where, *settings_of(seed, folder), f"--train.beta={beta}", *changes.split())
@@ -106,8 +107,7 @@ def table(folders: Sequence[Path], betas: Mapping[str, Sequence[float]], best: M
 
 def mean_sd(each: np.ndarray, form: str) -> str:
     """Mean and standard deviation between seeds."""
-    sd = f" ± {each.std(ddof=1):.3f}" if len(each) > 1 else ""
-    return f"{each.mean():{form}}{sd}"
+    return number(each.mean(), each.std(ddof=1) if len(each) > 1 else nan, form)
 
 
 def by_iteration(found: np.ndarray) -> str:
@@ -137,10 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/variants"), help="default: %(default)s")
-    parser.add_argument("--only", help="variants, with commas; SPIN is always one (default: all)")
+    names = [*LOSSES, *LATER]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="and SPIN; default: all")
     options = parser.parse_args()
-    names = ["SPIN", *options.only.split(",")] if options.only else [*LOSSES, *LATER]
-    betas = {name: of for name, (_, of) in (LOSSES | LATER).items() if name in names}
+    betas = {name: of for name, (_, of) in (LOSSES | LATER).items() if name in ["SPIN", *options.only]}
     seeds = [(seed, options.out / f"seed{seed}") for seed in range(options.seeds)]
     folders = [folder for _, folder in seeds]
     run_seeds(seeds[:TUNING], betas)

@@ -59,9 +59,7 @@ class Generate:
     top_p: float = 1.0
     max_new_tokens: int = 256
     samples: int = 1  # responses for each prompt; training uses all, and the mean of their losses
-    share: float = (
-        1.0  # of the prompts answered in an iteration after the first; the rest keep the last answer
-    )
+    share: float = 1.0  # of the prompts, answered again in each later iteration; others keep their responses
     seed: int = 0
     dtype: str = "bfloat16"  # of weights and cache while sampling
     slots: int = _free(0)  # sequences per batch and rank; 0: as many as memory holds, at most 512 (CPU: 128)
@@ -107,9 +105,7 @@ class Train(Optimization):
     reference: str = "opponent"  # whose log-probs are subtracted: opponent, base, mixture (of both) or none
     alpha: float = 0.5  # the opponent's share of a mixture: log p_ref = α log p_θt + (1 − α) log p_θ0
     replay: int = 1  # number of earlier iterations whose pairs are also trained on
-    replay_share: str = (
-        "all"  # the pairs of all of these; or equal: as many as of one iteration, in equal shares
-    )
+    replay_share: str = "all"  # of their pairs; equal: as many in all as one iteration has, in equal shares
 
 
 @dataclass(frozen=True)

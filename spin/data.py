@@ -12,18 +12,17 @@ of which the last assistant turn is the response.
     prompt, response   two texts
 """
 
-import glob
 import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.tokenizer import Message, Tokenizer
 from spin.config import Data
-from spin.engine.files import read_jsonl
+from spin.engine.files import read_rows
 from spin.packing import Item
 
 PAIRS = (("real", "generated"), ("chosen", "rejected"))  # columns: of the real response, of the opponent's
@@ -78,8 +77,9 @@ def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -
     return examples
 
 
-def load_generated(directory: Path, data: Data, samples: int = 1) -> list[Example]:
+def load_generated(directory: Path, samples: int = 1) -> list[Example]:
     """The pairs of a generate stage, `samples` rows a prompt; the opponent's responses may be empty."""
+    data = Data(turns="last")  # as `to_pairs` writes them, whatever turn of data.path was the response
     rows = [parse_row(row, data, where, pairs=True) for where, row in read_rows(str(directory))]
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
     return [replace(group[0], generated=tuple(row.generated[0] for row in group)) for group in groups]
@@ -118,11 +118,6 @@ def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example
     except UnicodeEncodeError:
         raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff)") from None
     return Example(prompt, real, generated, where)
-
-
-def real_only(examples: Iterable[Example]) -> list[Example]:
-    """The examples without the opponent's responses, for SFT."""
-    return [replace(example, generated=()) for example in examples]
 
 
 def choose(examples: list[Example], data: Data) -> list[Example]:
@@ -186,44 +181,6 @@ def digest(examples: Sequence[Example]) -> str:
     """SHA-256 of the texts, to detect changed data."""
     text = json.dumps([[e.prompt, e.real, *(e.generated or [None])] for e in examples])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_files(path: str) -> list[Path]:
-    """The files that a data path stands for. Raises FileNotFoundError if there are none."""
-    if Path(path).is_dir():
-        files = [file for file in Path(path).iterdir() if file.suffix in (".jsonl", ".parquet")]
-    elif Path(path).is_file():
-        files = [Path(path)]
-    else:
-        files = [Path(file) for file in glob.glob(path, recursive=True)]
-    if not files:
-        raise FileNotFoundError(f"{path}: no such file, directory with .jsonl or .parquet files, or pattern")
-    return sorted(files)
-
-
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of every row of the path's files."""
-    for file in data_files(path):
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        elif file.suffix == ".jsonl":
-            yield from read_jsonl(file)
-        else:
-            raise ValueError(f"{file}: not a .jsonl or .parquet file")
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
 
 
 def _response(row: dict, column: str, data: Data, where: str) -> tuple[tuple[Message, ...], str]:

@@ -22,7 +22,7 @@ import torch
 
 from model.mistral import Mistral
 from spin.config import Config
-from spin.data import Example, real_only, tokenize
+from spin.data import Example, tokenize
 from spin.engine.checkpoint import export, exports, to_export
 from spin.engine.distributed import Ranks, sharded_model
 from spin.engine.metrics import timed
@@ -58,7 +58,7 @@ def run_iteration(prepared: Prepared, ranks: Ranks, last_stage: str = "export") 
         with timed(directory, "generate", ranks.first):
             generate_pairs(config, n, examples, tokenizer, record, directory / "generated", ranks, before)
         ranks.release_memory()  # of the sampler's model, before the policy is loaded
-        examples = read_pairs(directory / "generated", record, config.data)
+        examples = read_pairs(directory / "generated", record)
     if last_stage == "generate":
         return
 
@@ -85,11 +85,11 @@ def train_policy(
         return sharded_model(source, ranks, compute, checkpointing, part.seed, attention, part.compile)
 
     base = opponent = reference = None
-    if prepared.scores_base:
+    if "base" in prepared.scores:
         base = logps_of("base", inputs, lambda: load(config.base), prepared, items, ranks)
         ranks.release_memory()  # of the base model, before the policy is loaded
     policy = load(prepared.source)
-    if prepared.scores_opponent:  # until the first step, the policy has the opponent's weights
+    if "opponent" in prepared.scores:  # until the first step, the policy has the opponent's weights
         opponent = logps_of("opponent", inputs, lambda: policy, prepared, items, ranks)
     if prepared.spin:
         reference = reference_logps(config.train, opponent, base, items)
@@ -110,16 +110,14 @@ def training_examples(prepared: Prepared, iterations: list[list[Example]]) -> li
         iterations = [examples[(k + prepared.n) % count :: count] for k, examples in enumerate(iterations)]
     examples = [example for each in iterations for example in each]
     if not prepared.spin:
-        return real_only(examples)
+        return [replace(example, generated=()) for example in examples]
     if config.train.loss == "t-spin":
         of_base = iterations[-1] if prepared.n == 0 else generated_pairs(config, 0)
-        answers = {(str(example.prompt), example.real): example.generated[:1] for example in of_base}
-        if any((str(example.prompt), example.real) not in answers for example in examples):
-            raise ValueError("t-spin needs the same prompts in all iterations: iteration 0 has other ones")
-        examples = [
-            replace(example, generated=example.generated + answers[str(example.prompt), example.real])
-            for example in examples
-        ]
+        answers = {(str(e.prompt), e.real): e.generated[:1] for e in of_base}
+        try:
+            return [replace(e, generated=e.generated + answers[str(e.prompt), e.real]) for e in examples]
+        except KeyError:
+            raise ValueError("t-spin: [data] must be that of iteration 0, whose responses it uses") from None
     return examples
 
 

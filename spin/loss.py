@@ -91,18 +91,8 @@ def t_spin(x: Ratios) -> Tensor:
 
 
 # Each returns (B, K): the loss of every pair of the real response and a generated one.
-LOSSES = {
-    "logistic": logistic,
-    "hinge": hinge,
-    "exponential": exponential,
-    "correlation": correlation,
-    "ipo": ipo,
-    "per-token": per_token,
-    "sppo": sppo,
-    "gsil": gsil,
-    "space": space,
-    "t-spin": t_spin,
-}
+_LOSSES = (logistic, hinge, exponential, correlation, ipo, per_token, sppo, gsil, space, t_spin)
+LOSSES = {loss.__name__.replace("_", "-"): loss for loss in _LOSSES}
 
 
 def spin_loss(

@@ -15,7 +15,7 @@ import torch
 from model.sampler import fitting_slots, generate_stream
 from model.tokenizer import Tokenizer
 from model.weights import load_model
-from spin.config import Config, Data
+from spin.config import Config
 from spin.data import Example, digest, encode_prompts, load_generated
 from spin.engine.distributed import Ranks
 from spin.engine.files import read_json, to_json, to_jsonl, whole_directory
@@ -57,9 +57,9 @@ def generate_pairs(
     prompts = [prompt for prompt in encoded for _ in range(settings.samples)]
     rows = Rows(folder, record | _shapes(config, ranks), ranks)
     taken = _taken(config, iteration, examples, before) - rows.done
-    rows.append(
-        _row(i, before[i // settings.samples].generated[i % settings.samples]) for i in taken if ranks.first
-    )
+    old = [text for example in before for text in example.generated]
+    # No response that was just made has 0 tokens.
+    rows.append({"doc": i, "response": old[i], "tokens": 0, "ended": True} for i in taken if ranks.first)
     rows.done |= taken
     missing = sorted(set(range(len(prompts))) - rows.done, key=lambda i: (-len(prompts[i]), i))
     if settings.fixed_slots:  # a prompt's slot does not depend on its rank: equally many per slot for each
@@ -116,12 +116,8 @@ def _responses(
     strip = str.lstrip if settings.template != config.train.template else str
     for index, ids, _ in responses:
         text = strip(tokenizer.decode_continuation(ids))
-        yield _row(mine[index], text, len(ids), ids[-1] in tokenizer.eos_ids)
-
-
-def _row(doc: int, response: str, tokens: int = 0, ended: bool = True) -> dict:
-    """A response on disk; one that was taken from the previous iteration has no count of tokens."""
-    return {"doc": doc, "response": response, "tokens": tokens, "ended": ended}
+        ended = ids[-1] in tokenizer.eos_ids
+        yield {"doc": mine[index], "response": text, "tokens": len(ids), "ended": ended}
 
 
 def _taken(config: Config, n: int, examples: Sequence[Example], before: Sequence[Example]) -> set[int]:
@@ -162,7 +158,6 @@ def _assemble(
     fresh = sum(row["tokens"] > 0 for row in responses)
     meta = {
         "pairs": len(responses),
-        "taken from the iteration before": len(responses) - fresh,
         "mean tokens of prompts": sum(lengths) / len(lengths),
         "mean tokens of responses": sum(row["tokens"] for row in responses) / max(1, fresh),
         "prompts cut at the left": counts["prompts cut at the left"],
@@ -170,6 +165,8 @@ def _assemble(
         "responses cut at max_new_tokens": sum(not row["ended"] for row in responses),
         "digest": digest(pairs),
     }
+    if fresh < len(responses):
+        meta["kept from the iteration before"] = len(responses) - fresh
     with whole_directory(directory) as new:
         claim(new, record)
         shards = [pairs[i : i + PAIRS_PER_SHARD] for i in range(0, len(pairs), PAIRS_PER_SHARD)]
@@ -185,11 +182,13 @@ def _assemble(
         log.info("  prompt: %.300s\n  real: %.300s\n  generated: %.300s\n", *shown)
 
 
-def read_pairs(directory: Path, record: dict, data: Data) -> list[Example]:
+def read_pairs(directory: Path, record: dict) -> list[Example]:
     """The pairs that `generate_pairs` left. Raises ValueError if they have another record or were edited."""
     if not check_claim(directory, record, flat(Config())):
-        raise FileNotFoundError(f"{directory}: no pairs; run that iteration first, or set train.replay = 0")
-    pairs = load_generated(directory, data, read_json(directory / RECORD).get("generate.samples", 1))
+        raise FileNotFoundError(
+            f"{directory}: no pairs; generate them first, or do without: train.replay = 0, generate.share = 1"
+        )
+    pairs = load_generated(directory, read_json(directory / RECORD).get("generate.samples", 1))
     if digest(pairs) != read_json(directory / "meta.json").get("digest"):
         raise ValueError(
             f"{directory}: the pairs were edited; remove it to generate again, or train on pairs of your own "

@@ -21,13 +21,14 @@ from model.kv_cache import KVCache
 from model.sampler import CACHE_SHARE, MOST_SLOTS
 from spin.config import Config
 from spin.engine import cli
+from spin.engine.batches import flops
 from spin.engine.distributed import Ranks, fsdp, pretended_ranks, sharded_model
 from spin.engine.files import read_json
 from spin.engine.memory import KINDS, Memory
 from spin.engine.metrics import GPUS
 from spin.engine.optimizer import CHUNK, RMSprop, make_optimizer, state_bytes
 from spin.loss import spin_step
-from spin.packing import Item, flops, pack, response_logps, response_places
+from spin.packing import Item, pack, response_logps, response_places
 from spin.trainer import backward
 
 GIB = 2**30
@@ -122,7 +123,7 @@ def filling(budget: int, config: Config) -> list[Item]:
 
 def generated_responses(config: Config) -> int:
     """How many generated responses a prompt is packed with."""
-    return config.generate.samples + (config.train.loss == "t-spin")
+    return 1 if config.data.pairs else config.generate.samples + (config.train.loss == "t-spin")
 
 
 def report(config: Config, architecture: ModelConfig, options: Namespace) -> str:
@@ -134,9 +135,11 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
         score, train = plan.score(part.token_budget), plan.train(part.token_budget)
         largest = plan.largest_budget(free)
     sizes = [weight.numel() for weight in plan.parameters]  # of the whole parameters, not of this rank's
-    size, trained = sum(sizes), options.pairs * (1 + part.replay * (part.replay_share == "all"))
+    replayed = min(part.replay, options.iter) * (part.replay_share == "all")
+    size, trained = sum(sizes), options.pairs * (1 + replayed)
     item = Item([1] * prompt, ([1] * real, *[[1] * generated] * generated_responses(config)))
     forward, rate = flops(architecture, item) * trained, gpus * GPUS[options.gpu][0] * options.share
+    scored = forward * {"none": 0, "mixture": 1 + (options.iter > 0)}.get(part.reference, 1)
     useful, tokens = 3 * forward * part.epochs, part.batch_size * item.packed_length / gpus
     hours = f"{_hours(useful / rate)} for {trained} pairs, {part.epochs:g} epochs"
     # Both the forward and the backward pass gather the parameters, unless each GPU holds all of them.
@@ -155,7 +158,7 @@ def report(config: Config, architecture: ModelConfig, options: Namespace) -> str
         "",
         _generate(config, architecture, size, free, options),
         f"score     {_gib(sum(score.values()))} at train.token_budget = {part.token_budget}; "
-        f"{forward:.2e} FLOPs, {_hours(forward / rate)} for {trained} pairs",
+        f"{scored:.2e} FLOPs, {_hours(scored / rate)} for {trained} pairs",
         f"train     {_gib(needed)} at train.token_budget = {part.token_budget}: {fits}",
         *(f"            {_gib(train[kind]):>10} {kind}" for kind in KINDS),
         f"            {room}",
@@ -184,13 +187,8 @@ def _generate(config: Config, architecture: ModelConfig, size: int, free: float,
     response = flops(architecture, Item([1], ([1] * generated,)))  # approximately
     step = max((weights + held) / bandwidth, response / generated * slots / peak)
     prefill = flops(architecture, Item([1] * prompt, ([1],))) / peak
-    seconds = (
-        options.pairs
-        * config.generate.samples
-        / options.gpus
-        * (generated * step / slots + prefill)
-        / options.share
-    )
+    responses = options.pairs * config.generate.samples * (config.generate.share if options.iter else 1)
+    seconds = responses / options.gpus * (generated * step / slots + prefill) / options.share
     return (
         f"generate  {_gib(weights)} weights and {_gib(slots * slot)} cache, {slots} slots on each GPU; "
         f"{_hours(seconds)} for {options.pairs} prompts at {options.share:.0%} of {bandwidth / 1e12:g} TB/s"

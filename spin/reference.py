@@ -13,12 +13,13 @@ from torch import Tensor
 
 from model.mistral import Mistral
 from spin.config import Train
+from spin.engine.batches import item_batches
 from spin.engine.distributed import Ranks, fsdp
 from spin.engine.files import write_whole
 from spin.engine.metrics import timed
 from spin.engine.prepare import Prepared
 from spin.engine.stages import check_record, reuse_logps
-from spin.packing import Item, pack, packed_batches, planned, response_logps
+from spin.packing import Item, response_logps
 
 
 def logps_of(
@@ -49,13 +50,13 @@ def logps_of(
         if not result.isfinite().all():
             raise ValueError(f"{name}: log-probs are not finite; are the weights damaged?")
         if ranks.first:
-            write_whole(file, save({"logps": result}, metadata=record))
+            write_whole(file, save({"logps": result}, metadata={"record": json.dumps(record)}))
         ranks.barrier()
     try:
         with safe_open(file, framework="pt") as stored:
-            check_record(file, stored.metadata(), record)
+            check_record(file, json.loads(stored.metadata()["record"]), record)
             return stored.get_tensor("logps")
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file}: not readable ({error}); remove it to compute it again") from None
 
 
@@ -80,8 +81,7 @@ def score(model: Mistral, items: Sequence[Item], token_budget: int, logit_chunk:
     result = torch.zeros(len(items), len(items[0].responses))
     size = 64 * ranks.world_size
     groups = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
-    plan = planned(groups, items, model.config, token_budget, ranks.rank, ranks.world_size)
-    batches = packed_batches(plan, lambda chosen: pack([items[i] for i in chosen]), ranks.device)
+    batches = item_batches(groups, items, model.config, token_budget, ranks)
     bar = ranks.progress(len(items), "score", "pair")
     with torch.no_grad(), bar, closing(batches):
         for batch, packed in batches:

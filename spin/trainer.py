@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, nullcontext
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,23 +12,15 @@ from torch import Tensor
 from model.attention import to_device
 from model.mistral import Mistral
 from spin.config import Optimization, Train
+from spin.engine.batches import MicroBatch, flops, item_batches
 from spin.engine.checkpoint import Checkpoints
 from spin.engine.distributed import Ranks, fsdp, whole
 from spin.engine.metrics import Log, peak_flops
 from spin.engine.optimizer import make_optimizer
+from spin.engine.schedule import Schedule, held_out_items
 from spin.engine.signals import Stopped, stop_requests
 from spin.loss import sft_step, spin_step
-from spin.packing import (
-    Item,
-    MicroBatch,
-    Packed,
-    flops,
-    pack,
-    packed_batches,
-    planned,
-    response_logps,
-    response_places,
-)
+from spin.packing import Item, Packed, response_logps, response_places
 
 # Before the first update policy and opponent differ only by rounding: in bf16, by a few tenths of a nat per
 # response of 200 tokens. Wrong weights or pairs give a far larger difference.
@@ -106,50 +97,6 @@ def train(
         checkpoints.wait()
 
 
-class Schedule:
-    """Steps, their items and their learning rates, which depend on the settings alone, not on the ranks."""
-
-    def __init__(self, part: Optimization, examples: int):
-        self.part, self.examples = part, examples
-        self.steps_per_epoch = math.ceil(examples / part.batch_size)  # an epoch's last step may be smaller
-        self.stop = _ceil(part.epochs * self.steps_per_epoch)
-        self.total = _ceil((part.schedule_epochs or part.epochs) * self.steps_per_epoch)
-        self.warmup = min(_ceil(part.warmup * self.total), self.total - 1)  # a run of one step has no warm-up
-        if not self.stop:
-            raise ValueError(f"epochs = {part.epochs} gives no step of {part.batch_size} examples")
-
-    def lr(self, step: int) -> float:
-        """Learning rate of step 0, 1, …: linear warm-up from 0, then linear decay to 0 (as transformers)."""
-        if step < self.warmup:
-            return self.part.lr * step / self.warmup
-        return self.part.lr * max(0.0, (self.total - step) / max(1, self.total - self.warmup))
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of a step's examples: a slice of the epoch's seeded permutation."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.examples, self.part.seed * 1_000_003 + epoch)
-        return order[place * self.part.batch_size :][: self.part.batch_size].tolist()
-
-
-@lru_cache(1)
-def _permutation(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _ceil(steps: float) -> int:
-    return math.ceil(steps - 1e-9)  # 1.1 · 50 is slightly above 55 in floating point
-
-
-def held_out_items(part: Optimization, examples: int) -> list[int]:
-    """Indices of the examples that are not trained on, drawn by the seed."""
-    if part.heldout_pairs >= examples:
-        raise ValueError(
-            f"heldout_pairs = {part.heldout_pairs} leaves none of {examples} examples to train on"
-        )
-    generator = torch.Generator().manual_seed(part.seed)
-    return sorted(torch.randperm(examples, generator=generator)[: part.heldout_pairs].tolist())
-
-
 class Objective:
     """Loss and metrics of micro-batches: SPIN with the reference's log-probs, SFT without. See `train`."""
 
@@ -169,9 +116,7 @@ class Objective:
 
     def batches(self, steps: Iterable[Sequence[int]]) -> Generator[tuple[MicroBatch, Packed]]:
         """Yield this rank's micro-batches of the steps, packed and on the device."""
-        part, ranks = self.part, self.ranks
-        plan = planned(steps, self.items, self.model.config, part.token_budget, ranks.rank, ranks.world_size)
-        return packed_batches(plan, lambda chosen: pack([self.items[i] for i in chosen]), ranks.device)
+        return item_batches(steps, self.items, self.model.config, self.part.token_budget, self.ranks)
 
     def __call__(self, batch: MicroBatch, packed: Packed) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probs of a micro-batch (C,), its share of the step's loss, and its shares of the metrics."""
@@ -208,8 +153,9 @@ class Objective:
         `seen`: log-probs of this rank's micro-batches, with their items.
         """
         if not (math.isfinite(norm) and math.isfinite(means["loss"])):
-            bad = [i for indices, logps in seen for i in _not_finite(indices, logps)]
-            bad = sorted(i for of_rank in self.ranks.gather(bad) for i in of_rank)
+            rows = (row for items, logps in seen for row in zip(items, logps.view(max(1, len(items)), -1)))
+            bad = self.ranks.gather([i for i, row in rows if not row.isfinite().all()])
+            bad = sorted(i for of_rank in bad for i in of_rank)
             which = "log-probs that are not finite" if bad else "this step"
             raise RuntimeError(
                 f"step {step + 1}: loss {means['loss']}, gradient norm {norm}: not finite, so no step is "
@@ -259,12 +205,6 @@ class Objective:
     def _names(self, chosen: Sequence[int], most: int = 8) -> str:
         names = [self.items[i].where or f"example {i}" for i in chosen]
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _not_finite(chosen: list[int], logps: Tensor) -> list[int]:
-    """The items among `chosen` that have a log-prob in logps (C,) that is not finite."""
-    finite = logps.view(len(chosen), -1).isfinite().all(-1).tolist() if chosen else []
-    return [i for i, good in zip(chosen, finite) if not good]
 
 
 def backward(part: Optimization, model: Mistral, loss: Tensor, ranks: Ranks, last: bool) -> None:

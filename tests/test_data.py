@@ -74,8 +74,8 @@ def test_the_last_assistant_turn_is_the_response_on_request(tmp_path):
     assert [(e.prompt, e.real, e.generated) for e in rows] == [
         (pair.prompt, "no", (text,)) for text in pair.generated
     ]
-    last = Data(turns="last")
-    assert [e.generated for e in load_generated(tmp_path / "pairs", last, samples=2)] == [pair.generated]
+    (read,) = load_generated(tmp_path / "pairs", samples=2)
+    assert (read.prompt, read.real, read.generated) == (pair.prompt, pair.real, pair.generated)
     assert load(tmp_path)[0].prompt == (SYSTEM, USER)
 
 
@@ -239,7 +239,7 @@ def test_lengths_are_cut_as_in_the_official_code(letters, prompt, real, generate
 def test_the_opponents_own_empty_response_is_a_pair_like_any_other(tmp_path, letters):
     rows = [{"real": [USER, ANSWER], "generated": [USER, ANSWER | {"content": ""}]}]
     write_jsonl(tmp_path / "part.jsonl", rows)
-    (example,) = load_generated(tmp_path, Data())
+    (example,) = load_generated(tmp_path)
     assert example.to_pairs() == rows
     (item,) = tokenize([example], letters, "plain", Data(), Counter())
     assert item.responses[1] == [letters.eos_id]

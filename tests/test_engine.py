@@ -19,10 +19,11 @@ from model.weights import save_model
 from spin.config import Train
 from spin.engine.distributed import ranks, sharded_model
 from spin.engine.optimizer import RMSprop
+from spin.engine.schedule import Schedule
 from spin.loss import LOSSES
 from spin.packing import Item
 from spin.reference import reference_logps, score
-from spin.trainer import Schedule, train
+from spin.trainer import train
 from tests.helpers import free_port, naive_logps, naive_loss, random_ids, reference, small_model
 
 BASE = dict(

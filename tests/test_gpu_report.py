@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.gpu import ASSUMED, SHAPES, bill, decoding_rate, figures, parts, report, ultrachat_like
-from spin.packing import flops
+from spin.engine.batches import flops
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow

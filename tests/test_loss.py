@@ -17,22 +17,6 @@ def test_logistic_loss_of_a_pair_worked_by_hand():
     assert loss.item() == pytest.approx(0.2014132779827524, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "kind, at_zero, at_one_and_a_half, at_minus_two",
-    [
-        ("logistic", math.log(2), math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(2))),
-        ("hinge", 1, 0, 3),
-        ("exponential", 1, math.exp(-1.5), math.exp(2)),
-        ("correlation", 1, -0.5, 3),
-    ],
-)
-def test_each_loss_is_its_formula(kind, at_zero, at_one_and_a_half, at_minus_two):
-    zero = torch.zeros(3, dtype=torch.float64)
-    t = torch.tensor([0.0, 1.5, -2.0], dtype=torch.float64)
-    expected = torch.tensor([at_zero, at_one_and_a_half, at_minus_two], dtype=torch.float64)
-    torch.testing.assert_close(spin_loss(t, zero, zero, zero, beta=1.0, kind=kind), expected)
-
-
 def ell(x):
     """log(1 + e^-x)"""
     return math.log(1 + math.exp(-x))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from miniature import paper
+from miniature import paper, variants
 from miniature.dynamic_target import contests
 from spin.data import Example
 from tests.helpers import ROOT, metrics, run_script, write_jsonl
@@ -38,8 +38,8 @@ def test_one_command_runs_what_its_figures_need_and_writes_where_it_is_told(seed
     commands = []
     monkeypatch.setattr(paper, "script", lambda *arguments: commands.append(arguments))
     monkeypatch.setattr(paper.world, "write", lambda seed, folder: None)
-    arguments = ["paper", "--seeds", "2", "--out", str(tmp_path), "--figures", "2,4", "--", "--train.beta=1"]
-    monkeypatch.setattr(sys, "argv", arguments)
+    arguments = f"paper --seeds 2 --out {tmp_path} --figures 2 4 -- --train.beta=1"
+    monkeypatch.setattr(sys, "argv", arguments.split())
     paper.main()
     runs = {part for command in commands for part in command if part.startswith("--run.dir")}
     assert {run.rsplit("seed1/")[1] for run in runs if "seed1" in run} == {
@@ -53,6 +53,46 @@ def test_one_command_runs_what_its_figures_need_and_writes_where_it_is_told(seed
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     for name in ("2", "4"):
         assert f"figure{name}.png" in report and (tmp_path / f"figure{name}.png").stat().st_size > 1000
+
+
+def test_variants_are_tuned_on_two_seeds_and_the_best_is_run_on_all(tmp_path, monkeypatch):
+    commands = []
+
+    def run(*arguments):  # in place of training: right answers by λ, the more seeds the fewer
+        commands.append(arguments)
+        options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+        beta, seed = float(options["--train.beta"]), int(options["--train.seed"])
+        heldout = dict.fromkeys(variants.METRICS, {0.5: 0.3, 1.0: 0.7, 2.0: 0.6}.get(beta, 0.4) - seed / 10)
+        for n in range(4):
+            path = tmp_path / options["--run.dir"] / f"iter{n}/evaluation/summary.json"
+            write_jsonl(path, [{"tasks": {"heldout": heldout}}])
+
+    monkeypatch.setattr(variants, "script", run)
+    monkeypatch.setattr(
+        variants, "run_seed", lambda seed, folder, *_: run(f"--run.dir={folder}/run/control", *seeded(seed))
+    )
+    arguments = ["variants", "--seeds", "3", "--out", str(tmp_path), "--only", "fictitious play"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    variants.main()
+    made = {path.parent.name + "/" + path.name for path in tmp_path.glob("seed*/*") if "-" in path.name}
+    betas = ("0.5", "1", "2", "4")
+    names = ("SPIN", "fictitiousplay")
+    tuned = {f"seed{seed}/{name}-{beta}" for seed in (0, 1) for name in names for beta in betas}
+    assert made == tuned | {f"seed2/{name}-1" for name in names}
+    assert all(
+        f"seed{s}/SPIN-" in " ".join(c) for c in commands for s in range(3) if f"seed{s}/fict" in " ".join(c)
+    )
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    cell = "**0.600, 0.600, 0.600, 0.600 ± 0.100**"  # 0.7, 0.6 and 0.5
+    assert f"| fictitious play | 1 | 3 | {cell} | {cell} | {cell} | **+0.000 ± 0.000** |" in report
+    assert "| SPIN | 2 | 2 | 0.550, 0.550, 0.550, 0.550 ± 0.071 |" in report
+    assert "| continued SFT |  | 3 | **0.300," in report
+    assert (tmp_path / "variants.png").stat().st_size > 1000
+
+
+def seeded(seed: int) -> list[str]:
+    """The options of a control, which has no λ: as with λ = 8."""
+    return [f"--train.seed={seed}", "--train.beta=8"]
 
 
 def by_rule(prompt: str) -> str:

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from spin.packing import Item, flops, micro_batches, pack
+from spin.engine.batches import flops, micro_batches
+from spin.packing import Item, pack
 from tests.helpers import random_ids, small_config, small_model
 
 

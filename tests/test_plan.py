@@ -1,6 +1,7 @@
 """The planner's memory: of a run that has values, by hand, and in words."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_the_plan_says_what_fits_and_what_does_not(small_recipe):
     assert "0.01e9 parameters, 5000 pairs" in output and "DOES NOT FIT" in output
     output = planned("--config", small_recipe, "--gpus", "4", "--gpu", "H200")
     assert "train.token_budget = 8192: fits" in output and "4 x 139 GiB" in output
+
+
+def test_an_iteration_replays_those_before_it_and_is_scored_as_its_reference_needs(small_recipe):
+    def scored(*changes):
+        output = planned("--config", small_recipe, "--gpus", "4", "--train.replay=9", *changes)
+        flops, pairs = re.search(r"score .* = 8192; (\S+) FLOPs, .* for (\d+) pairs", output).groups()
+        return float(flops), int(pairs)
+
+    once, pairs = scored()
+    assert pairs == 5000
+    assert scored("--iter", "2", "--train.reference=mixture") == (pytest.approx(6 * once, rel=0.01), 15000)
+    assert scored("--iter", "2", "--train.replay_share=equal", "--train.reference=none") == (0, 5000)
 
 
 @pytest.mark.parametrize(

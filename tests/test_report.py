@@ -305,7 +305,6 @@ def test_what_is_asked_for_wrongly_is_refused(tmp_path):
     for arguments, message in (
         ([tmp_path / "none"], "none: no such run or evaluation, or it has nothing to report yet"),
         ([b], "b: no such run or evaluation, or it has nothing to report yet"),
-        ([a, a], "'' for 2 runs: give one for each, or one for all"),
         ([a, a, "--names", "x,y,z"], "'x,y,z' for 2 runs: give one for each"),
         ([a, a, "--names", "x,y"], "several runs need --out"),
     ):

@@ -8,7 +8,8 @@ from benchmarks.gpu import SHAPES, ultrachat_like
 from benchmarks.roofline import Rates, Roofline, decoding, micro_batches_of, scoring, seen, training
 from model.attention import Segments
 from model.mistral import Mistral
-from spin.packing import Item, flops, pack
+from spin.engine.batches import flops
+from spin.packing import Item, pack
 
 SLOW = Rates(matmul=1e6, copy=1e3)  # next to which a kernel's least time is nothing
 

@@ -13,7 +13,6 @@ import torch
 from model.sampler import generate
 from model.tokenizer import Tokenizer
 from model.weights import load_model, save_model
-from spin.config import Data
 from spin.opponent import read_pairs
 from spin.report.markdown import escaped
 from spin.talk import side_by_side
@@ -431,10 +430,10 @@ def test_a_generate_stage_is_used_only_as_it_was_made(stage, old, new, edited):
     shard.write_text(re.sub(old, new, text))
     assert shard.read_text(encoding="utf-8") != text
     if not edited:
-        assert len(read_pairs(directory, record, Data())) == 49
+        assert len(read_pairs(directory, record)) == 49
         return
     with pytest.raises(ValueError, match="generated: the pairs were edited; remove"):
-        read_pairs(directory, record, Data())
+        read_pairs(directory, record)
 
 
 def test_a_generate_stage_of_another_opponent_or_of_other_settings_is_refused(stage):
@@ -445,13 +444,13 @@ def test_a_generate_stage_of_another_opponent_or_of_other_settings_is_refused(st
         ("generate.seed", 1, "made with generate.seed = 0, now 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_pairs(directory, record | {key: value}, Data())
+            read_pairs(directory, record | {key: value})
     older = {key: value for key, value in record.items() if key != "generate.samples"}  # it was 1
     (directory / "inputs.json").write_text(json.dumps(older))
-    assert len(read_pairs(directory, record, Data())) == 49
+    assert len(read_pairs(directory, record)) == 49
     (directory / "inputs.json").unlink()
     with pytest.raises(ValueError, match="inputs.json: missing"):
-        read_pairs(directory, record, Data())
+        read_pairs(directory, record)
 
 
 def test_changed_pairs_stop_the_next_stage(finished, recipe, tmp_path):

@@ -17,9 +17,10 @@ from spin.config import SFT, Train
 from spin.engine.distributed import Ranks, ranks, sharded_model
 from spin.engine.prepare import prepare_all
 from spin.engine.recipe import Recipe
+from spin.engine.schedule import Schedule
 from spin.packing import Item, pack, response_logps
 from spin.reference import score
-from spin.trainer import Schedule, train
+from spin.trainer import train
 from tests.helpers import PART, ROOT, metrics, naive_logps, naive_loss, pairs, reference, small_model
 
 COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()

@@ -20,9 +20,9 @@ from spin.engine.distributed import this_device
 from spin.engine.files import file_digest, write_whole
 from spin.engine.metrics import check_loggers
 from spin.engine.recipe import Recipe, flat, recorded, to_toml
+from spin.engine.schedule import Schedule, held_out_items
 from spin.engine.stages import check_claim, claim
 from spin.opponent import read_pairs
-from spin.trainer import Schedule, held_out_items
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Prepared:
     architecture: ModelConfig
     tokenizer: Tokenizer
     examples: list[Example]  # prompts with real responses; with data.pairs, pairs
-    counts: (
-        Counter  # examples that data.empty = "drop" left out, by cause; prompts that repeat an earlier one
-    )
+    counts: Counter  # examples dropped by data.empty = "drop", by cause; prompts that repeat an earlier one
 
     @property
     def config(self) -> Config:
@@ -68,15 +66,11 @@ class Prepared:
         return self.spin and not self.config.data.pairs
 
     @property
-    def scores_base(self) -> bool:
-        """Whether the reference is the base model, or has a part of it, and that isn't the opponent."""
-        return self.spin and self.n > 0 and self.config.train.reference in ("base", "mixture")
-
-    @property
-    def scores_opponent(self) -> bool:
-        """Whether the reference is the opponent, or has a part of it."""
-        reference = self.config.train.reference
-        return self.spin and (reference in ("opponent", "mixture") or reference == "base" and not self.n)
+    def scores(self) -> tuple[str, ...]:
+        """Models whose log-probs the reference is made of; in iteration 0 the base is the opponent."""
+        name = self.config.train.reference
+        names = {"none": (), "mixture": ("base", "opponent")}.get(name, (name,)) if self.spin else ()
+        return names if self.n > 0 else ("opponent",) * bool(names)
 
 
 def prepare_all(recipe: Recipe, iterations: list[int]) -> list[Prepared]:
@@ -203,7 +197,9 @@ def claim_directory(p: Prepared, replayed: list[list[Example]]) -> dict:
         inputs["tokenizer"] = file_digest(p.tokenizer.file)
     else:
         inputs["replayed"] = digest([example for pairs in replayed for example in pairs])
-    if p.scores_base:
+    if p.spin and p.n > 0 and p.config.train.loss == "t-spin":
+        inputs["base's responses"] = digest(generated_pairs(p.config, 0))
+    if "base" in p.scores:
         inputs["base"] = fingerprint(p.config.base)
     claim(p.directory, settings(p) | inputs, flat(Config()))
     if not (p.directory / "config.toml").is_file():
@@ -231,7 +227,7 @@ def earlier_pairs(p: Prepared) -> list[list[Example]]:
 
 def generated_pairs(config: Config, n: int) -> list[Example]:
     """The pairs that iteration n generated."""
-    return read_pairs(config.iteration_dir(n) / "generated", {}, config.data)
+    return read_pairs(config.iteration_dir(n) / "generated", {})
 
 
 def own_examples(config: Config, n: int, counts: Counter) -> list[Example]:

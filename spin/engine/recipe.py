@@ -76,6 +76,8 @@ class Recipe:
             return build(values | self._overrides)
         except ValueError as error:
             where = f"{self.path}, iteration {max(0, iteration)}" if self._iterations else self._source
+            if str(error).split()[0] in self._overrides:
+                where = "command line"
             raise ValueError(f"{where}: {error}") from None
 
 

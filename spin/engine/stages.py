@@ -8,6 +8,7 @@ It is written before the first result. A later start with another record raises 
 without a record. `Rows` keeps what ranks produce one by one; other results are complete or absent (files.py).
 """
 
+import json
 import logging
 import os
 import shutil
@@ -15,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from spin.config import Config
 from spin.engine.distributed import Ranks
 from spin.engine.files import no_link, read_json, read_jsonl, to_json, to_jsonl, whole_directory, write_whole
 
@@ -61,13 +63,19 @@ def check_record(directory: Path, recorded: dict, record: dict, results: str = "
         )
 
 
-def fork(source: Path, target: Path, first: int) -> None:
-    """Copy the base and the iterations before `first` of another run into a new one, weights as hard links.
+def fork(config: Config, first: int) -> None:
+    """Copy the base and the iterations before `first` of run.fork into run.dir, weights as hard links.
 
-    Every rank may call it: the first one that is done counts. What `target` has is left alone.
+    Every rank may call it: the first one that is done counts. What run.dir has is left alone.
     """
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such run to start from")
+    source, target = Path(config.run.fork), Path(config.run.dir)
+    for needed in (f"iter{n}" for n in range(first)):
+        if not any((run / needed).is_dir() for run in (source, target)):
+            raise FileNotFoundError(
+                f"{source / needed}: no such directory, so there is nothing to start from"
+            )
+    if not config.model.base and not (source / "base/model").is_dir():
+        raise FileNotFoundError(f"{source}: no base/model in it; give the --model.base that it started from")
     for name in ("base", *(f"iter{n}" for n in range(first))):
         if (source / name).is_dir() and not (target / name).is_dir():
             target.mkdir(parents=True, exist_ok=True)
@@ -76,6 +84,7 @@ def fork(source: Path, target: Path, first: int) -> None:
                 shutil.copytree(source / name, f"{partial}/{name}", copy_function=_link, ignore=ignore)
                 with suppress(OSError):  # another rank was first
                     os.rename(f"{partial}/{name}", target / name)
+                    log.info("%s: taken from %s", target / name, source)
 
 
 def _link(source: str, target: str) -> None:
@@ -96,9 +105,10 @@ def reuse(other: Path, directory: Path, record: dict) -> None:
 def reuse_logps(other: Path, file: Path, record: dict) -> None:
     """Copy another run's log-probs, unless they have another record."""
     if not file.is_file() and other.is_file():
-        with safe_open(other, framework="pt") as stored:
-            if stored.metadata() == record:
+        with suppress(SafetensorError), safe_open(other, framework="pt") as stored:
+            if stored.metadata() == {"record": json.dumps(record)}:
                 write_whole(file, other.read_bytes())
+                log.info("%s: taken from %s", file, other)
 
 
 def _difference(key: str, was, now) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 from model.attention import Segments
 from model.mistral import Mistral
 from model.tokenizer import Tokenizer
-from spin.packing import MicroBatch, Packed, packed_batches
+from spin.engine.batches import MicroBatch, packed_batches
+from spin.packing import Packed
 
 # What could make lines encode otherwise alone than together: blanks, empty lines, bytes, normalisation.
 _PROBE = "a\n  b \n\n c\n\n\n\tdé\u00a0ﬁ \n1.5\nAnswer: x\n"

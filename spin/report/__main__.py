@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write; by default, a single run's directory")
     with cli.errors_in_words():
         options = parser.parse_args()
-        runs, names = options.runs, options.names.split(",")
+        runs = options.runs
+        names = options.names.split(",") if options.names or len(runs) == 1 else [run.name for run in runs]
         if len(names) not in (1, len(runs)) or (len(runs) > 1 and not all(names)):
             have = f"--names {options.names!r} for {len(runs)} runs"
             raise ValueError(f"{have}: give one for each, or one for all")

@@ -56,12 +56,13 @@ def model_card(
 
     `inputs`: the content of inputs.json, the fingerprints. `examples`: how many were trained on, in words.
     """
-    sft, spin = iteration < 0, config.train.objective == "spin"
-    method = "SPIN" if spin else "Continued SFT (the control of SPIN)"
+    sft, method = iteration < 0, "Training on given pairs" if config.data.pairs else "SPIN"
+    if config.train.objective == "sft":
+        method = "Continued SFT (the control of SPIN)"
     origin = {"Base model": config.sft.init or f"random weights, seed {config.sft.seed}"}
     if not sft:
         opponent = str(config.model_dir(iteration - 1))
-        origin = {"Base model": str(config.base), "Opponent" if spin else "Starts from": opponent}
+        origin = {"Base model": str(config.base), "Opponent" if method == "SPIN" else "Starts from": opponent}
     data = config.data.path if sft else config.data.pairs or config.data.path
     facts = origin | {
         "Recipe": f"{config.run.dir}; every setting is at the end",

@@ -14,7 +14,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#66
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
-THIN = {"color": COLORS[-1], "linewidth": 0.8}  # auxiliary lines
 
 
 def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2), **settings):

@@ -19,9 +19,7 @@ class Model:
     """A row of the tables and a point of the figures: a model, in all the runs that have evaluated it."""
 
     run: str  # the name of its runs
-    step: (
-        str  # "base", "iteration 0", "iteration 0, epoch 1"; "" if its evaluation was given instead of a run
-    )
+    step: str  # "base", "iteration 0", "iteration 0, epoch 1"; "" if an evaluation was given, not a run
     name: str  # its own, in tables
     directories: tuple[Path, ...]  # its evaluations, one for each seed
     tasks: tuple[dict, ...]  # {task: metrics} of each
@@ -77,7 +75,8 @@ def evaluated(named: dict[str, list[Path]]) -> list[Model]:
     models: list[Model] = []
     for run, seeds in found.items():
         own = setting(named[run][0], "run.paper") and setting(named[run][0], "train.objective") == "spin"
-        for step in sorted({step for steps in seeds for step in steps}, key=by_number):
+        # "base", "iteration 0", …, "iteration 10", "iteration 0, epoch 1"
+        for step in sorted({step for steps in seeds for step in steps}, key=lambda step: (len(step), step)):
             paths = tuple(steps[step] for steps in seeds if step in steps)
             tasks = tuple(read_json(path / "summary.json")["tasks"] for path in paths)
             for answered in (of["mt_bench"] for of in tasks if "mt_bench" in of):
@@ -99,11 +98,6 @@ def position(step: str, run: Path) -> float:
     n, _, epoch = step.replace("base", "-1").removeprefix("iteration ").partition(", epoch ")
     epochs = setting(run, "sft.epochs" if n == "-1" else "train.epochs")
     return int(n) + float(epoch or epochs) / epochs if step else math.nan
-
-
-def by_number(step: str) -> tuple[int, str]:
-    """A key to sort steps: "base", "iteration 0", …, "iteration 10", "iteration 0, epoch 1"."""
-    return len(step), step
 
 
 def having(models: Sequence[Model], tasks: Iterable[str]) -> list[Model]:

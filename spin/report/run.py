@@ -8,7 +8,7 @@ from statistics import fmean
 from spin.engine.files import read_jsonl, write_whole
 from spin.engine.metrics import read_log, stage_seconds
 from spin.evaluation.compare import compare
-from spin.report.figures import THIN, curve, finish, plot_steps, save, subplots
+from spin.report.figures import COLORS, curve, finish, plot_steps, save, subplots
 from spin.report.leaderboard import section, table
 from spin.report.markdown import escaped, markdown, number
 from spin.report.results import Model, directories, errors, evaluated, having, scores, setting, with_others
@@ -23,7 +23,7 @@ PANELS = {
     "loss, by iteration": ("loss", "heldout_loss"),
     "accuracy: real told from generated": ("accuracy", "heldout_accuracy"),
     "margin, nats (before β)": ("margin", "heldout_margin"),
-    "reward: β · log-ratio to the opponent": ("reward_real", "reward_generated"),
+    "reward: β · log-ratio to the reference": ("reward_real", "reward_generated"),
     "log p(response), nats": ("logps_real", "logps_generated"),
     "gradient norm": ("grad_norm",),
 }
@@ -55,7 +55,11 @@ def write_reports(named: dict[str, list[Path]], out: Path) -> Path:
     last = [*{model.run: model for model in models if not model.on_the_way}.values()]
     parts += compared(last)
     if metrics(run):
-        parts += ["## Training", training_table(run), plot_training(run, out)]
+        parts += [
+            "## Training" + f" of {escaped(next(iter(named)))}" * (len(named) > 1),
+            training_table(run),
+            plot_training(run, out),
+        ]
     if found:
         parts += [
             "## What each model answers",
@@ -125,7 +129,7 @@ def plot_training(run: Path, out: Path) -> str:
     start = 0
     for steps in metrics(run).values():
         for axes, keys in zip(grid.flat, PANELS.values()):
-            axes.axvline(start + 0.5, linestyle=":", **THIN)
+            axes.axvline(start + 0.5, linestyle=":", color=COLORS[-1], linewidth=0.8)
             for place, key in enumerate(keys):
                 x = [start + step["step"] for step in steps if key in step]
                 y = [step[key] for step in steps if key in step]
