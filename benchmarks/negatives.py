@@ -34,10 +34,10 @@ from model.mistral import Mistral
 from model.weights import save_model
 from spin.engine.batches import flops
 from spin.engine.distributed import Ranks, ranks, sharded_model, whole
-from spin.engine.optimizer import make_optimizer
+from spin.engine.optimizer import clip_gradient, make_optimizer, update
 from spin.packing import Item
 from spin.reference import score
-from spin.trainer import Objective, clip_gradient, update
+from spin.trainer import Objective
 
 CONFIG = replace(SMALL_VOCABULARY, num_hidden_layers=3)
 NEGATIVES = (1, 2, 4)

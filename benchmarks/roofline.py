@@ -30,11 +30,12 @@ from model.sampling import sample
 from spin.engine.batches import flops, micro_batches
 from spin.engine.distributed import DTensor, pretended_ranks
 from spin.engine.files import to_json, write_whole
+from spin.engine.optimizer import clip_gradient
 from spin.engine.recipe import build
 from spin.loss import spin_step
 from spin.packing import Item, pack, response_logps, response_places
 from spin.plan import Plan, norms_of_a_gpu
-from spin.trainer import backward, clip_gradient
+from spin.trainer import backward
 
 KERNEL = 2e-6  # seconds: no kernel takes less
 # What FlashAttention-2 reaches of a large product's rate on a Hopper GPU, forward and backward, with texts of

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spin.engine.files import read_jsonl, read_rows, to_jsonl
+from spin.engine.files import read_jsonl, to_jsonl
+from spin.engine.rows import read_rows
 from spin.report.figures import curve, finish, save, subplots
 
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>]*)>>")

@@ -1,16 +1,4 @@
-"""Prompts, responses and pairs, read from JSONL or Parquet and checked.
-
-A row has one of these forms; the first that fits is used. Of a conversation, data.turns = "first" uses a
-system turn, the first user turn and the assistant turn after it (as the paper does); "last" uses all turns,
-of which the last assistant turn is the response.
-
-    the columns named by data.prompt_column and data.response_column, two texts
-    real, generated    two lists of messages, as in the released SPIN data
-    chosen, rejected   preference pairs, as in UltraFeedback: two lists of messages, the last turns compared;
-                       or what follows `prompt`, as messages after messages or a text after a text
-    messages           a list of {role, content}
-    prompt, response   two texts
-"""
+"""Prompts, responses and pairs, checked and tokenized. spin/engine/rows.py has the forms of their rows."""
 
 import hashlib
 import json
@@ -22,10 +10,8 @@ from pathlib import Path
 
 from model.tokenizer import Message, Tokenizer
 from spin.config import Data
-from spin.engine.files import read_rows
+from spin.engine.rows import parse_row, read_rows
 from spin.packing import Item
-
-PAIRS = (("real", "generated"), ("chosen", "rejected"))  # columns: of the real response, of the opponent's
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -
     """
     examples = []
     for where, row in read_rows(path):
-        example = parse_row(row, data, where, pairs)
+        example = Example(*parse_row(row, data, where, pairs), where)
         names = ("prompt", "response", "second response")
         texts = (example.question, example.real, *example.generated)
         empty = [name for name, text in zip(names, texts) if not text.strip()]
@@ -80,44 +66,10 @@ def load_examples(path: str, data: Data, counts: Counter, pairs: bool = False) -
 def load_generated(directory: Path, samples: int = 1) -> list[Example]:
     """The pairs of a generate stage, `samples` rows a prompt; the opponent's responses may be empty."""
     data = Data(turns="last")  # as `to_pairs` writes them, whatever turn of data.path was the response
-    rows = [parse_row(row, data, where, pairs=True) for where, row in read_rows(str(directory))]
+    found = read_rows(str(directory))
+    rows = [Example(*parse_row(row, data, where, pairs=True), where) for where, row in found]
     groups = [rows[i : i + samples] for i in range(0, len(rows), samples)]
     return [replace(group[0], generated=tuple(row.generated[0] for row in group)) for group in groups]
-
-
-def parse_row(row: dict, data: Data, where: str, pairs: bool = False) -> Example:
-    """One row as an Example. Raises ValueError, naming `where`, for a row of no known form."""
-    generated: tuple[str, ...] = ()
-    columns = next((names for names in PAIRS if row.keys() >= set(names)), None)
-    if pairs and not columns:
-        known = " or ".join(f'"{first}" and "{second}"' for first, second in PAIRS)
-        raise ValueError(f"{where}: pairs need the columns {known}, found {_columns(row)}")
-    if data.prompt_column and not pairs:
-        prompt, real = _texts(row, data.prompt_column, data.response_column, where)
-    elif columns:
-        prompt, real = _response(row, columns[0], data, where)
-        if pairs:
-            other, text = _response(row, columns[1], data, where)
-            generated = (text,)
-            if other != prompt:
-                raise ValueError(f'{where}: "{columns[0]}" and "{columns[1]}" answer different prompts')
-    elif "messages" in row:
-        prompt, real = _turns(row["messages"], f'{where}: "messages"', data.turns)
-    elif "prompt" in row and "response" in row:
-        prompt, real = _texts(row, "prompt", "response", where)
-    else:
-        raise ValueError(
-            f'{where}: found the columns {_columns(row)}, none of the known forms ("messages"; "real" and '
-            '"generated"; "chosen" and "rejected"; "prompt" and "response"); set data.prompt_column and '
-            "data.response_column"
-        )
-    if data.empty_system and prompt[0]["role"] != "system":
-        prompt = ({"role": "system", "content": ""}, *prompt)
-    try:
-        "".join([*(turn["content"] for turn in prompt), real, *generated]).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff)") from None
-    return Example(prompt, real, generated, where)
 
 
 def choose(examples: list[Example], data: Data) -> list[Example]:
@@ -181,54 +133,3 @@ def digest(examples: Sequence[Example]) -> str:
     """SHA-256 of the texts, to detect changed data."""
     text = json.dumps([[e.prompt, e.real, *(e.generated or [None])] for e in examples])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _response(row: dict, column: str, data: Data, where: str) -> tuple[tuple[Message, ...], str]:
-    """Prompt and response of one column of a pair."""
-    messages, prompt = row[column], row.get("prompt")
-    if column in PAIRS[0]:
-        return _turns(messages, f'{where}: "{column}"', data.turns)
-    if isinstance(messages, str):
-        return _texts(row, "prompt", column, where)
-    if isinstance(messages, list) and isinstance(prompt, list):
-        messages = [*prompt, *messages]
-    return _turns(messages, f'{where}: "{column}"', "last")
-
-
-def _turns(messages, where: str, which: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the first or the last assistant turn, a system turn included, and its text."""
-    if not isinstance(messages, list):
-        raise ValueError(f"{where} must be a list of messages")
-    turns: list[Message] = []
-    prompt: tuple[Message, ...] = ()
-    response = None
-    expected: tuple[str, ...] = ("system", "user")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where} has a message without role or content: {message!r:.120}")
-        role = message.get("role")
-        if role not in expected:
-            raise ValueError(f"{where} has a turn of {role!r} where one of {' or '.join(expected)} is needed")
-        if role == "assistant":
-            prompt, response = tuple(turns), message["content"]
-            if which == "first":
-                break
-        turns.append({"role": role, "content": message["content"]})
-        expected = ("assistant",) if role == "user" else ("user",)
-    if response is None:
-        raise ValueError(f"{where} has no {expected[-1]} turn")
-    return prompt, response
-
-
-def _texts(row: dict, prompt: str, response: str, where: str) -> tuple[tuple[Message, ...], str]:
-    """The user's turn and the response, from two columns."""
-    for column in (prompt, response):
-        if column not in row:
-            raise ValueError(f"{where}: no column {column!r}, found {_columns(row)}")
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: {column!r} must be a text, not {type(row[column]).__name__}")
-    return ({"role": "user", "content": row[prompt]},), row[response]
-
-
-def _columns(row: dict) -> str:
-    return ", ".join(map(repr, row)) or "none"

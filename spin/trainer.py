@@ -14,9 +14,9 @@ from model.mistral import Mistral
 from spin.config import Optimization, Train
 from spin.engine.batches import MicroBatch, flops, item_batches
 from spin.engine.checkpoint import Checkpoints
-from spin.engine.distributed import Ranks, fsdp, whole
+from spin.engine.distributed import Ranks, fsdp
 from spin.engine.metrics import Log, peak_flops
-from spin.engine.optimizer import make_optimizer
+from spin.engine.optimizer import clip_gradient, make_optimizer, update
 from spin.engine.schedule import Schedule, held_out_items
 from spin.engine.signals import Stopped, stop_requests
 from spin.loss import sft_step, spin_step
@@ -212,16 +212,3 @@ def backward(part: Optimization, model: Mistral, loss: Tensor, ranks: Ranks, las
     if part.unsharded_gradients:
         fsdp(model).set_requires_gradient_sync(last)
     (loss * ranks.world_size).backward()  # FSDP averages over the ranks; the loss is a share of the sum
-
-
-def update(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
-    """Take an optimizer step, and clear the gradient. `step` selects the random bits of rounding."""
-    for group in optimizer.param_groups:
-        group |= {"lr": lr, "step": step}
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def clip_gradient(model: Mistral, limit: float) -> Tensor:
-    """Clip the gradient's norm, over all ranks, to `limit`; returns the norm before clipping."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))

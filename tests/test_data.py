@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from spin.config import Data
-from spin.data import Example, choose, encode_prompts, load_examples, load_generated, parse_row, tokenize
+from spin.data import Example, choose, encode_prompts, load_examples, load_generated, tokenize
+from spin.engine.rows import parse_row
 from tests.helpers import ROOT, metrics, run_script, write_jsonl
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -257,7 +258,7 @@ def test_released_pairs_and_gsm8k_questions_load():
 
 def test_preference_pairs_train_like_the_same_pairs_in_the_released_form(recipe, tmp_path):
     rows = [json.loads(line) for line in open(ROOT / "miniature/seed0/sft.jsonl")][:24]
-    examples = [parse_row(row, Data(), "") for row in rows]
+    examples = [Example(*parse_row(row, Data(), "")) for row in rows]
     pairs = [replace(e, generated=(other.real,)) for e, other in zip(examples, examples[1:] + examples[:1])]
     released = [row for pair in pairs for row in pair.to_pairs()]
     ultrafeedback = [

@@ -1,7 +1,6 @@
 """Reading with the file's name in every error; writing that leaves a file complete or absent."""
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -39,44 +38,6 @@ def read_jsonl(path: Path, whole_lines: bool = False) -> Iterator[tuple[str, dic
                 yield f"{path}:{number}", row
     except ValueError as error:
         raise ValueError(f"{path}:{number}: invalid row ({error})") from None
-
-
-def data_files(path: str) -> list[Path]:
-    """The files that a data path stands for. Raises FileNotFoundError if there are none."""
-    if Path(path).is_dir():
-        files = [file for file in Path(path).iterdir() if file.suffix in (".jsonl", ".parquet")]
-    elif Path(path).is_file():
-        files = [Path(path)]
-    else:
-        files = [Path(file) for file in glob.glob(path, recursive=True)]
-    if not files:
-        raise FileNotFoundError(f"{path}: no such file, directory with .jsonl or .parquet files, or pattern")
-    return sorted(files)
-
-
-def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of every row of the path's files."""
-    for file in data_files(path):
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        elif file.suffix == ".jsonl":
-            yield from read_jsonl(file)
-        else:
-            raise ValueError(f"{file}: not a .jsonl or .parquet file")
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
 
 
 def to_json(value) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from model.mistral import Mistral
 from spin.config import Optimization
-from spin.engine.distributed import local
+from spin.engine.distributed import local, whole
 
 # Elements updated at a time: as many as fit a CPU's caches, or keep a GPU busy.
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -76,3 +77,16 @@ def make_optimizer(part: Optimization, parameters: Iterable[Tensor]) -> torch.op
     if part.optimizer == "rmsprop":
         return RMSprop(parameters, lr=part.lr, second_moment=getattr(torch, part.second_moment))
     return torch.optim.AdamW(parameters, lr=part.lr, weight_decay=0.0, foreach=True)
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
+    """Take an optimizer step, and clear the gradient. `step` selects the random bits of rounding."""
+    for group in optimizer.param_groups:
+        group |= {"lr": lr, "step": step}
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clip_gradient(model: Mistral, limit: float) -> Tensor:
+    """Clip the gradient's norm, over all ranks, to `limit`; returns the norm before clipping."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spin.engine.files import read_rows
+from spin.engine.rows import read_rows
 
 FEW_SHOT_SEED = 1234  # lm-evaluation-harness's own
 
